@@ -1,0 +1,109 @@
+"""Everything that balancesync raises on purpose, and the exit code that each ends a command with.
+
+    BalanceSyncError                 1
+    ├── ConfigError                  2
+    ├── TargetMismatch               2
+    ├── SchemaMissing                2
+    ├── SchemaTooNew                 2
+    ├── Refused                      3
+    ├── LockHeld                    75
+    ├── Transient                    1   a later attempt may succeed
+    │   ├── SourceChanged            1
+    │   └── Unavailable             75
+    │       ├── RedisUnavailable    75
+    │       └── PostgresUnavailable 75
+    ├── RunFailed                    1
+    │   └── Cancelled                1
+    └── EmbeddedError                1
+
+An exception raised without a message says the first paragraph of its class's docstring. A message is
+one line, names the thing, the cause and the way out, and holds no DSN, password or token.
+"""
+
+import inspect
+from typing import ClassVar
+
+
+class BalanceSyncError(Exception):
+    """balancesync can't go on."""
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, message: str | None = None) -> None:
+        super().__init__(message or _summary(type(self)))
+
+
+class ConfigError(BalanceSyncError):
+    """The configuration isn't valid."""
+
+    exit_code = 2
+
+
+class TargetMismatch(BalanceSyncError):
+    """A table in PostgreSQL doesn't fit its mapping; `balancesync check` names what differs."""
+
+    exit_code = 2
+
+
+class SchemaMissing(BalanceSyncError):
+    """PostgreSQL has no balancesync schema, or an older one; run `balancesync init`."""
+
+    exit_code = 2
+
+
+class SchemaTooNew(BalanceSyncError):
+    """The schema in PostgreSQL was made by a newer balancesync; upgrade this program."""
+
+    exit_code = 2
+
+
+class Refused(BalanceSyncError):
+    """The guard refused to apply: Redis seems to have lost balances; see `balancesync status`."""
+
+    exit_code = 3
+
+
+class LockHeld(BalanceSyncError):
+    """Another balancesync is writing to this database; try again later or raise `--wait`."""
+
+    exit_code = 75
+
+
+class Transient(BalanceSyncError):
+    """Something passing got in the way; the same run may succeed if started again."""
+
+
+class SourceChanged(Transient):
+    """Redis restarted or changed its role or database during the scan, so the scan is no whole."""
+
+
+class Unavailable(Transient):
+    """A server can't be reached, is starting, or is read-only for now."""
+
+    exit_code = 75
+
+
+class RedisUnavailable(Unavailable):
+    """Redis can't be reached, is loading its data, or isn't a primary."""
+
+
+class PostgresUnavailable(Unavailable):
+    """PostgreSQL can't be reached, is in recovery, or is read-only."""
+
+
+class RunFailed(BalanceSyncError):
+    """The run failed; `balancesync runs` says why."""
+
+
+class Cancelled(RunFailed):
+    """The run was cancelled."""
+
+
+class EmbeddedError(BalanceSyncError):
+    """No private Redis or PostgreSQL server could be started."""
+
+
+def _summary(cls: type[BalanceSyncError]) -> str:
+    # `python -OO` strips docstrings: the class's name is then all there is to say.
+    doc = inspect.cleandoc(cls.__doc__) if cls.__doc__ else cls.__name__
+    return " ".join(doc.split("\n\n", 1)[0].split())
