@@ -16,8 +16,8 @@
     │   └── Cancelled                1
     └── EmbeddedError                1
 
-An exception raised without a message says the first paragraph of its class's docstring. A message is
-one line, names the thing, the cause and the way out, and holds no DSN, password or token.
+An exception raised without a message says the first paragraph of its class's docstring. A message
+is one line, names the thing, the cause and the way out, and holds no DSN, password or token.
 """
 
 import inspect
