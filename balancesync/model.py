@@ -1,0 +1,247 @@
+"""What moves through the program: requests, batches, rejects, diffs and runs, and the pure guard."""
+
+import os
+import time
+from dataclasses import dataclass, field, fields
+from datetime import datetime
+from typing import Final, Literal
+from uuid import UUID
+
+Job = Literal["sync", "verify", "restore", "prune", "live"]
+Mode = Literal["apply", "dry_run", "verify"]
+Status = Literal[
+    "queued",
+    "running",
+    "succeeded",
+    "failed",
+    "refused",
+    "skipped",
+    "postponed",
+    "cancelled",
+    "interrupted",
+]
+Reason = Literal[
+    "key_syntax",
+    "key_ambiguous",
+    "key_too_long",
+    "wrong_type",
+    "value_too_large",
+    "not_utf8",
+    "nul_byte",
+    "not_a_number",
+    "out_of_range",
+    "too_many_decimals",
+    "residue",
+    "not_a_boolean",
+    "not_a_uuid",
+    "not_a_time",
+    "text_too_long",
+    "not_json",
+    "missing_field",
+    "refused_by_table",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What somebody asked for; `trigger` is startup cron:NAME http sighup cli live or recovery."""
+
+    job: Job
+    trigger: str
+    mode: Mode = "apply"
+    mapping: str | None = None
+    accept_loss: bool = False
+    force: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class WrongType:
+    """Stands in a batch for the value of a key that holds another Redis type, such as `list`."""
+
+    found: str
+
+
+# A string's bytes; a hash's mapped fields in the order of the value columns; None: vanished.
+RawValue = bytes | list[bytes | None] | WrongType | None
+
+
+@dataclass(slots=True)
+class RawBatch:
+    """Keys (or, of a `member` hash, fields) and values of one read, in the same order.
+
+    `scanned` counts what the scan returned, so `scanned - len(keys)` were ignored.
+    """
+
+    keys: list[bytes]
+    values: list[RawValue]
+    scanned: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reject:
+    """A record that can't be stored, and why.
+
+    `row` is the COPY line of its key columns if the key names a row, which then stays as it was.
+    """
+
+    key: bytes
+    value: bytes | None
+    reason: Reason
+    detail: str
+    row: bytes | None = None
+
+
+@dataclass(slots=True)
+class Batch:
+    """A parsed batch: rows + rejects + vanished = the keys that came in.
+
+    `rows` are lines of COPY's text format, key columns in the template's order, then value columns
+    in declared order. https://www.postgresql.org/docs/current/sql-copy.html, "Text Format".
+    """
+
+    rows: bytes
+    count: int
+    rejects: list[Reject]
+    vanished: int
+    snapped: int
+
+
+@dataclass(slots=True)
+class Counts:
+    """The counts of a run or of one of its mappings, over distinct keys.
+
+    scanned = ignored + vanished + rejected + inserted + updated + unchanged + not_found.
+    """
+
+    scanned: int = 0
+    ignored: int = 0
+    vanished: int = 0
+    rejected: int = 0
+    snapped: int = 0
+    inserted: int = 0
+    updated: int = 0
+    unchanged: int = 0
+    not_found: int = 0
+    absent: int = 0
+    deleted: int = 0
+    kept: int = 0
+
+    def __add__(self, other: "Counts") -> "Counts":
+        return Counts(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Counts)))
+
+    def as_dict(self) -> dict[str, int]:
+        """Every count by name, in order."""
+        return {f.name: getattr(self, f.name) for f in fields(Counts)}
+
+
+@dataclass(slots=True)
+class Run:
+    """One run, as it is recorded, logged and shown. Times are UTC, durations seconds."""
+
+    id: UUID
+    job: Job
+    trigger: str
+    mode: Mode
+    status: Status
+    started_at: datetime
+    mapping: str | None = None
+    finished_at: datetime | None = None
+    duration_s: float | None = None
+    attempts: int = 0
+    mappings: dict[str, Counts] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    error: str | None = None
+    redis_run_id: str | None = None
+
+    @property
+    def counts(self) -> Counts:
+        """The sum over all mappings."""
+        return sum(self.mappings.values(), Counts())
+
+    @property
+    def full(self) -> bool:
+        """Whether success would make this the last success: an apply sync of all mappings."""
+        return self.job == "sync" and self.mode == "apply" and self.mapping is None
+
+
+@dataclass(frozen=True, slots=True)
+class Baseline:
+    """What a mapping looked like at the last success, for the guard to judge a loss by."""
+
+    present: int
+    absent: int
+    pruned: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """What a run sees of a mapping before it applies anything."""
+
+    present: int
+    absent: int
+    changed: int
+    deletable: int
+    target_rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why the guard refuses a mapping. A `loss` stands until it is healed or accepted."""
+
+    mapping: str
+    kind: Literal["loss", "change"]
+    reason: str
+
+
+def guard(
+    mapping: str,
+    seen: Observed,
+    baseline: Baseline | None,
+    *,
+    standing: bool,
+    max_loss: float,
+    max_change: float,
+) -> Refusal | None:
+    """Judge one mapping; None lets it pass. Shares are 0 to 1.
+
+    `baseline` is None when nothing was known before (then no key can have been lost). While a
+    refusal is `standing`, a key whose value differs from its row counts as lost: an application
+    that starts again from zero re-creates keys, and must not heal its own loss by that.
+    """
+    if baseline is not None and baseline.present + baseline.absent:
+        if not seen.present and baseline.present > baseline.pruned:
+            return Refusal(
+                mapping, "loss", f"Redis has no key at all, but {baseline.present:,} were known"
+            )
+        lost = max(seen.absent - baseline.absent - baseline.pruned, 0)
+        returned_changed = seen.changed if standing else 0
+        limit = max_loss * baseline.present
+        if lost + returned_changed > limit:
+            changed = f" and {seen.changed:,} came back changed" if returned_changed else ""
+            return Refusal(
+                mapping,
+                "loss",
+                f"{lost:,} of {baseline.present:,} known keys are gone{changed}, "
+                f"more than guard.max_loss = {max_loss:g}",
+            )
+    writes = seen.changed + seen.deletable
+    if max_change < 1 and writes > max_change * seen.target_rows and seen.target_rows:
+        return Refusal(
+            mapping,
+            "change",
+            f"{writes:,} of {seen.target_rows:,} rows would be updated or deleted, "
+            f"more than guard.max_change = {max_change:g}",
+        )
+    return None
+
+
+_UNIX_MS_BITS: Final = 48
+
+
+def new_run_id() -> UUID:
+    """Make a UUIDv7 (RFC 9562, 5.7): it sorts by the time it was made, in milliseconds."""
+    random = int.from_bytes(os.urandom(10), "big")
+    value = (time.time_ns() // 1_000_000 & ((1 << _UNIX_MS_BITS) - 1)) << 80 | random
+    value = value & ~(0xF << 76) | 0x7 << 76
+    value = value & ~(0x3 << 62) | 0x2 << 62
+    return UUID(int=value)
