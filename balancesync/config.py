@@ -20,7 +20,7 @@ from annotated_types import Interval
 from pydantic import BeforeValidator, ConfigDict, SecretStr, Strict
 from pydantic.dataclasses import dataclass
 
-from balancesync import settings
+from balancesync import settings, urls
 from balancesync.columns import (
     ColumnType,
     Template,
@@ -31,13 +31,6 @@ from balancesync.columns import (
 )
 from balancesync.cron import CronFields, check_timezone, parse_cron
 from balancesync.settings import Misfit, passes, passes_secretly
-from balancesync.urls import (
-    check_postgres_dsn,
-    check_redis_url,
-    check_server,
-    redis_database,
-    split_address,
-)
 
 DEFAULT_FILE: Final = Path("config.toml")
 FILE_VARIABLE: Final = f"{settings.PREFIX}CONFIG"
@@ -83,11 +76,11 @@ Filled = Annotated[str, passes(check_filled)]
 class RedisConfig:
     """`[redis]`: where the balances live."""
 
-    url: Annotated[SecretStr, passes_secretly(check_redis_url)] = SecretStr(
+    url: Annotated[SecretStr, passes_secretly(urls.check_redis_url)] = SecretStr(
         "redis://127.0.0.1:6379/0"
     )
     cluster: Switch = False
-    sentinel: tuple[Annotated[str, passes(check_server)], ...] = ()
+    sentinel: tuple[Annotated[str, passes(urls.check_server)], ...] = ()
     sentinel_service: str = ""
     scan_count: Rows = 1000
     max_keys_per_second: Annotated[int, Strict(), Interval(ge=0, le=1_000_000_000)] = 0
@@ -108,12 +101,12 @@ class RedisConfig:
     @property
     def database(self) -> int:
         """The number of the Redis database that the URL names."""
-        return redis_database(self.url.get_secret_value())
+        return urls.redis_database(self.url.get_secret_value())
 
     @property
     def sentinel_addresses(self) -> tuple[tuple[str, int], ...]:
         """The Sentinels as (host, port)."""
-        split = (split_address(text) for text in self.sentinel)
+        split = (urls.split_address(text) for text in self.sentinel)
         return tuple((host, port) for host, port in split if port is not None)
 
 
@@ -121,7 +114,7 @@ class RedisConfig:
 class PostgresConfig:
     """`[postgres]`: where they are kept."""
 
-    dsn: Annotated[SecretStr, passes_secretly(check_postgres_dsn)] = SecretStr(
+    dsn: Annotated[SecretStr, passes_secretly(urls.check_postgres_dsn)] = SecretStr(
         "postgresql://127.0.0.1:5432/postgres"
     )
     schema: Identifier = "balancesync"
