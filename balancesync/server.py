@@ -36,7 +36,8 @@ while read -r word; do
 done
 if [ -n "$pid" ]; then
     kill -CONT "$pid"; kill -"$2" "$pid"
-    for _ in 1 2 3 4 5 6 7 8 9 10; do kill -0 "$pid" || break; sleep 1; done
+    n=0
+    while [ $n -lt 100 ] && kill -0 "$pid"; do sleep 0.1; n=$((n + 1)); done
     kill -KILL "$pid"
 fi
 rm -rf "$1"
@@ -249,12 +250,12 @@ class Server(ABC):
             self.resume()
             process.send_signal(how)
         try:
-            self._reap(process)
+            self._reap(process, within=self.timeout)
         except subprocess.TimeoutExpired:
             self.kill()
 
-    def _reap(self, process: subprocess.Popen[bytes]) -> None:
-        process.wait(self.timeout)
+    def _reap(self, process: subprocess.Popen[bytes], *, within: float | None = None) -> None:
+        process.wait(within)
         self._process = None
         self._tell_watch("")
 

@@ -1,0 +1,123 @@
+"""The servers that every test runs on, and what a test gets of them.
+
+They're private ones of this session (of each worker, with xdist), or those that
+BALANCESYNC_TEST_POSTGRES (a superuser's DSN) and BALANCESYNC_TEST_REDIS (the URL of a database that
+the tests empty over and over) name.
+"""
+
+import os
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack
+from urllib.parse import urlsplit
+from uuid import uuid4
+
+import asyncpg
+import pytest
+from redis.asyncio import Redis
+
+from balancesync.embedded import PostgresServer, RedisServer
+
+POSTGRES = "BALANCESYNC_TEST_POSTGRES"
+REDIS = "BALANCESYNC_TEST_REDIS"
+
+
+@pytest.fixture(scope="session")
+def postgres_admin_dsn() -> Iterator[str]:
+    """A superuser's DSN on the session's PostgreSQL; tests leave this database alone."""
+    if given := os.environ.get(POSTGRES):
+        yield given
+        return
+    with PostgresServer(durable=False) as server:
+        yield server.dsn
+
+
+@pytest.fixture(scope="session")
+async def postgres_admin(postgres_admin_dsn: str) -> AsyncIterator[asyncpg.Connection]:
+    """A superuser's connection, to make databases and roles with."""
+    connection = await asyncpg.connect(postgres_admin_dsn)
+    yield connection
+    await connection.close()
+
+
+@pytest.fixture
+async def postgres_dsn(
+    postgres_admin: asyncpg.Connection, postgres_admin_dsn: str
+) -> AsyncIterator[str]:
+    """DSN of a new, empty UTF8 database; after the test it's gone, whoever is connected."""
+    name = f"test_{uuid4().hex}"
+    # Copying files is twice as fast here as writing it all to the WAL, the default since 15.
+    strategy = "STRATEGY file_copy" if postgres_admin.get_server_version() >= (15,) else ""
+    await postgres_admin.execute(
+        f"CREATE DATABASE {name} TEMPLATE template0 ENCODING 'UTF8' {strategy}"
+    )
+    yield urlsplit(postgres_admin_dsn)._replace(path=f"/{name}").geturl()
+    await postgres_admin.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture
+async def pg(postgres_dsn: str) -> AsyncIterator[asyncpg.Connection]:
+    """A superuser's connection to the test's own database."""
+    connection = await asyncpg.connect(postgres_dsn)
+    yield connection
+    await connection.close()
+
+
+@pytest.fixture(scope="session")
+async def _redis_server_url() -> AsyncIterator[str]:
+    if given := os.environ.get(REDIS):
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            pytest.exit(f"{REDIS} is one database, and parallel workers would empty it alternately")
+        async with Redis.from_url(given) as client:
+            if await client.dbsize():
+                pytest.exit(f"the database that {REDIS} names holds keys, and the tests empty it")
+        yield given
+        return
+    with RedisServer() as server:
+        yield server.url
+
+
+@pytest.fixture
+async def redis_url(_redis_server_url: str) -> str:
+    """URL of an empty Redis database (0 on the private server)."""
+    async with Redis.from_url(_redis_server_url) as client:
+        if REDIS in os.environ:
+            await client.flushdb()
+        else:
+            await client.flushall()
+            await client.config_resetstat()
+    return _redis_server_url
+
+
+@pytest.fixture
+async def redis(redis_url: str) -> AsyncIterator[Redis]:
+    """A raw client of the test's Redis, with bytes for replies."""
+    async with Redis.from_url(redis_url, protocol=2, decode_responses=False) as client:
+        yield client
+
+
+@pytest.fixture
+def private_postgres() -> Iterator[Callable[..., PostgresServer]]:
+    """Starts PostgreSQL servers for tests that kill or hang them; takes PostgresServer's arguments.
+
+    Each takes a second; all are gone after the test.
+    """
+    with ExitStack() as stack:
+
+        def start(
+            settings: dict[str, str] | None = None, *, password: str = "", durable: bool = False
+        ) -> PostgresServer:
+            server = PostgresServer(settings, password=password, durable=durable)
+            return stack.enter_context(server)
+
+        yield start
+
+
+@pytest.fixture
+def private_redis() -> Iterator[Callable[..., RedisServer]]:
+    """Starts Redis servers for tests that kill, hang or configure them; RedisServer's arguments."""
+    with ExitStack() as stack:
+
+        def start(settings: dict[str, str] | None = None, *, password: str = "") -> RedisServer:
+            return stack.enter_context(RedisServer(settings, password=password))
+
+        yield start
