@@ -69,8 +69,9 @@ async def _redis_server_url() -> AsyncIterator[str]:
             pytest.exit(f"{REDIS} is one database, and parallel workers would empty it alternately")
         async with Redis.from_url(given) as client:
             if await client.dbsize():
-                pytest.exit(f"the database that {REDIS} names holds keys, and the tests empty it")
-        yield given
+                pytest.exit(f"the database that {REDIS} names holds keys: the tests would empty it")
+            yield given
+            await client.flushdb()
         return
     with RedisServer() as server:
         yield server.url
