@@ -1,0 +1,356 @@
+"""One connection to one Redis server: made once, never made again, bytes in and bytes out.
+
+redis-py's own connection reconnects and retries by itself, which turns a scan over two servers into
+one that looks whole, and packs commands in Python. So redis-py reads the URL and makes the TLS
+context, hiredis packs and parses, and a dead connection stays dead. What an error leads to:
+
+    what happens                                                      raised            again?
+    refused, no such host, no answer in time, closed                  RedisUnavailable  yes
+    LOADING BUSY MASTERDOWN READONLY CLUSTERDOWN TRYAGAIN             RedisUnavailable  yes
+    MISCONF OOM NOREPLICAS, too many clients                          RedisUnavailable  yes
+    MOVED ASK in a cluster                                            SourceChanged     yes
+    MOVED ASK CROSSSLOT with redis.cluster = false                    ConfigError       no
+    NOAUTH WRONGPASS NOPERM DENIED, no such database                  ConfigError       no
+    a certificate that isn't accepted, no TLS at the port, no Redis   ConfigError       no
+    any other error reply                                             RunFailed         no
+
+https://redis.io/docs/latest/develop/reference/protocol-spec/ (RESP2)
+"""
+
+import asyncio
+import os
+import socket
+import ssl
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, Final, cast
+
+import hiredis
+from redis.asyncio.connection import SSLConnection, parse_url
+
+from balancesync.errors import (
+    BalanceSyncError,
+    ConfigError,
+    RedisUnavailable,
+    RunFailed,
+    SourceChanged,
+)
+
+CLIENT_NAME: Final = b"balancesync"
+DEFAULT_PORT: Final = 6379
+
+# One command, a tuple of its words, in RESP; hiredis' own stub takes a single word only.
+pack: Final = cast("Callable[[tuple[bytes, ...]], bytes]", hiredis.pack_command)
+
+_MORE: Final = object()
+_TICKS: Final = 4
+_LONGEST_QUOTE: Final = 200
+
+# The first word of an error reply: https://github.com/redis/redis/blob/7.0/src/server.c, `shared`.
+_ANSWERS: Final[dict[str, tuple[type[BalanceSyncError], str]]] = {
+    "LOADING": (RedisUnavailable, "is loading its data"),
+    "BUSY": (RedisUnavailable, "is busy with another client's script"),
+    "MASTERDOWN": (RedisUnavailable, "is a replica that has lost its primary"),
+    "READONLY": (RedisUnavailable, "is a read-only replica"),
+    "CLUSTERDOWN": (RedisUnavailable, "says that its cluster is down"),
+    "TRYAGAIN": (RedisUnavailable, "is moving slots to another node"),
+    "MISCONF": (RedisUnavailable, "can't save to its disk and takes no writes"),
+    "OOM": (RedisUnavailable, "has reached maxmemory and takes no writes"),
+    "NOREPLICAS": (RedisUnavailable, "has too few replicas and takes no writes"),
+    "NOAUTH": (ConfigError, "wants a password; put it into redis.url"),
+    "WRONGPASS": (ConfigError, "rejects the user or password of redis.url"),
+    "DENIED": (ConfigError, "is in protected mode: only its own machine may connect"),
+    "CROSSSLOT": (ConfigError, "is a node of a cluster; set redis.cluster = true"),
+}
+_TOO_MANY: Final = "ERR max number of clients"
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where a server listens: host and port, or the path of a socket."""
+
+    host: str = ""
+    port: int = 0
+    path: str = ""
+
+    def __str__(self) -> str:
+        if self.path:
+            return self.path
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """How to connect, wherever the server is."""
+
+    timeout: float
+    clustered: bool
+    database: int
+    username: str | None
+    password: str | None = field(repr=False)
+    tls: ssl.SSLContext | None
+
+
+def parse(url: str, *, timeout: float, clustered: bool) -> tuple[Address, Access]:
+    """Take a URL that `urls.check_redis_url` accepts apart; `timeout` in seconds.
+
+    Raises ConfigError: a file that its ssl_ options name can't be read.
+    """
+    options: dict[str, Any] = {**parse_url(url)}
+    secured = options.pop("connection_class", None) is SSLConnection
+    ssl_options = {name: value for name, value in options.items() if name.startswith("ssl_")}
+    try:
+        tls = SSLConnection(**ssl_options).ssl_context.get() if secured else None
+    except OSError as error:  # also an SSLError: no certificate in the file
+        raise ConfigError(
+            f"redis.url: the files of its ssl_ options can't be used: {error.strerror}"
+        ) from None
+    port = int(options.get("port", DEFAULT_PORT))
+    path = str(options.get("path", ""))
+    address = Address(path=path) if path else Address(options.get("host", "localhost"), port)
+    access = Access(
+        timeout=timeout,
+        clustered=clustered,
+        database=int(options.get("db", 0)),
+        username=options.get("username"),
+        password=options.get("password"),
+        tls=tls,
+    )
+    return address, access
+
+
+async def connect(address: Address, access: Access) -> "Connection":
+    """Connect, authenticate and select the database, in `access.timeout` seconds at most.
+
+    Raises RedisUnavailable or ConfigError.
+    """
+    loop = asyncio.get_running_loop()
+    connection = Connection(address, access, loop)
+    try:
+        async with asyncio.timeout(access.timeout):
+            if address.path:
+                await loop.create_unix_connection(lambda: connection, address.path)
+            else:
+                await loop.create_connection(
+                    lambda: connection, address.host, address.port, ssl=access.tls
+                )
+            await connection.introduce()
+    except TimeoutError:
+        await connection.close()
+        raise RedisUnavailable(
+            f"Redis at {address} doesn't answer within redis.timeout = {access.timeout:g} s"
+        ) from None
+    except OSError as error:
+        raise _unreachable(address, error) from None
+    except BaseException:
+        await connection.close()
+        raise
+    return connection
+
+
+@asynccontextmanager
+async def connected(address: Address, access: Access) -> AsyncIterator["Connection"]:
+    """A connection for the length of a block; raises as `connect` does."""
+    connection = await connect(address, access)
+    try:
+        yield connection
+    finally:
+        await connection.close()
+
+
+class Connection(asyncio.Protocol):
+    """Commands out, replies back in the same order. Made by `connect`.
+
+    An error reply is an object of hiredis.ReplyError until `check` raises it as one of ours.
+    """
+
+    def __init__(self, address: Address, access: Access, loop: asyncio.AbstractEventLoop) -> None:
+        self.address = address
+        self.lost = False
+        self._access = access
+        self._loop = loop
+        self._reader = hiredis.Reader(notEnoughData=_MORE)
+        self._waiting: deque[tuple[asyncio.Future[Any], int, list[Any]]] = deque()
+        self._transport: asyncio.Transport | None = None
+        self._ended = loop.create_future()
+        self._failure: BalanceSyncError | None = None
+        self._quiet = 0
+        self._watch: asyncio.TimerHandle | None = None
+
+    @property
+    def usable(self) -> bool:
+        """Whether a command can still be sent."""
+        return self._failure is None and self._transport is not None
+
+    def send(self, packed: bytes, replies: int | None = None) -> asyncio.Future[Any]:
+        """Send commands without waiting; the future gives the one reply, or a list of `replies`.
+
+        Raises (here or in the future) RedisUnavailable if the connection is dead or the server
+        has been silent for `redis.timeout` seconds, ConfigError if it isn't Redis.
+        """
+        if self._failure is not None or self._transport is None:
+            raise self._failure or self._unavailable("isn't connected any more")
+        future = self._loop.create_future()
+        if replies == 0:
+            future.set_result([])
+            return future
+        self._waiting.append((future, replies or 0, []))
+        self._transport.write(packed)
+        if self._watch is None:
+            self._quiet = 0
+            self._arm()
+        return future
+
+    async def call(self, *words: bytes) -> Any:
+        """One command and its reply; raises what an error reply stands for."""
+        return self.check(await self.send(pack(words)), words[0])
+
+    async def pipeline(self, commands: list[tuple[bytes, ...]]) -> list[Any]:
+        """Several commands in one go; error replies stand among the replies as objects."""
+        replies: list[Any] = await self.send(b"".join(pack(c) for c in commands), len(commands))
+        return replies
+
+    def check(self, reply: Any, command: bytes) -> Any:
+        """The reply itself; raises what it stands for if it is an error."""
+        if isinstance(reply, hiredis.ReplyError):
+            raise self.explain(str(reply), command)
+        return reply
+
+    def explain(self, text: str, command: bytes) -> BalanceSyncError:
+        """What an error reply to `command` means to us; see the table above."""
+        code = text.partition(" ")[0]
+        if code in _ANSWERS:
+            error, meaning = _ANSWERS[code]
+            return error(f"Redis at {self.address} {meaning}")
+        if code in ("MOVED", "ASK"):
+            if self._access.clustered:
+                return SourceChanged(f"Redis at {self.address} has given slots to another node")
+            return self._misfit(_ANSWERS["CROSSSLOT"][1])
+        if text.startswith(_TOO_MANY):
+            return self._unavailable("has reached its maximum number of clients")
+        name = command.decode("ascii", "replace").upper()
+        if code == "NOPERM":
+            what = f"run {name}; ACL SETUSER ... +{name.lower()}"
+            if "key" in text.lower():
+                what = "read the mapping's keys; ACL SETUSER ... ~PATTERN"
+            return self._misfit(f"doesn't let this user {what}")
+        # What is said to AUTH may repeat the password.
+        if name == "AUTH":
+            return self._misfit("rejects the user or password of redis.url")
+        if name == "SELECT":
+            return self._misfit(f"has no database {self._access.database}")
+        quote = " ".join(text.split())[:_LONGEST_QUOTE]
+        return RunFailed(f"Redis at {self.address} answers {name} with: {quote}")
+
+    async def introduce(self) -> None:
+        """Authenticate, select the database, say who we are."""
+        access = self._access
+        commands: list[tuple[bytes, ...]] = []
+        if access.password is not None or access.username is not None:
+            user = (access.username.encode(),) if access.username else ()
+            commands.append((b"AUTH", *user, (access.password or "").encode()))
+        if access.database:
+            commands.append((b"SELECT", str(access.database).encode()))
+        commands.append((b"CLIENT", b"SETNAME", CLIENT_NAME))
+        replies = await self.pipeline(commands)
+        # The name is for those who look at CLIENT LIST; a user without the right to it may pass.
+        for command, reply in zip(commands[:-1], replies, strict=False):
+            self.check(reply, command[0])
+        if isinstance(replies[-1], hiredis.ReplyError) and not str(replies[-1]).startswith(
+            ("NOPERM", "ERR unknown", "LOADING")
+        ):
+            self.check(replies[-1], b"CLIENT")
+
+    async def close(self) -> None:
+        """Drop the connection and whatever it still owes. May be called twice."""
+        self._fail(self._failure or self._unavailable("isn't connected any more"))
+        if self._transport is not None:
+            self._transport.abort()
+            await asyncio.wait([self._ended])
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Called by the event loop."""
+        self._transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        """Called by the event loop."""
+        self._quiet = 0
+        waiting = self._waiting
+        try:
+            self._reader.feed(data)
+            while (reply := self._reader.gets()) is not _MORE:
+                if not waiting:
+                    self._abort(self.explain(str(reply), b"the connection"))
+                    return
+                future, count, replies = waiting[0]
+                if count:
+                    replies.append(reply)
+                    if len(replies) < count:
+                        continue
+                    reply = replies
+                waiting.popleft()
+                if not future.done():
+                    future.set_result(reply)
+        except hiredis.ProtocolError:
+            self._abort(self._misfit("speaks another protocol: is it a Redis, and without TLS?"))
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """Called by the event loop."""
+        if self._failure is None:
+            self.lost = True
+            self._fail(self._unavailable("closed the connection"))
+        if self._watch is not None:
+            self._watch.cancel()
+            self._watch = None
+        if not self._ended.done():
+            self._ended.set_result(None)
+
+    def _arm(self) -> None:
+        self._watch = self._loop.call_later(self._access.timeout / _TICKS, self._tick)
+
+    def _tick(self) -> None:
+        # Ticks are counted, not time: after a long stop of this process itself, what has arrived
+        # meanwhile is read before the next one.
+        self._watch = None
+        if not self._waiting:
+            return
+        self._quiet += 1
+        if self._quiet > _TICKS:
+            timeout = f"redis.timeout = {self._access.timeout:g} s"
+            self._abort(self._unavailable(f"doesn't answer within {timeout}"))
+        else:
+            self._arm()
+
+    def _abort(self, failure: BalanceSyncError) -> None:
+        self._fail(failure)
+        if self._transport is not None:
+            self._transport.abort()
+
+    def _fail(self, failure: BalanceSyncError) -> None:
+        self._failure = failure
+        for future, _, _ in self._waiting:
+            if not future.done():
+                future.set_exception(failure)
+                future.exception()  # marks it as seen: a future that nobody awaits must not log
+        self._waiting.clear()
+
+    def _unavailable(self, what: str) -> RedisUnavailable:
+        return RedisUnavailable(f"Redis at {self.address} {what}")
+
+    def _misfit(self, what: str) -> ConfigError:
+        return ConfigError(f"Redis at {self.address} {what}")
+
+
+def _unreachable(address: Address, error: OSError) -> BalanceSyncError:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        why = error.verify_message or "it doesn't verify"
+        return ConfigError(f"the certificate of Redis at {address} isn't accepted: {why}")
+    if isinstance(error, ssl.SSLError):
+        return ConfigError(f"Redis at {address} speaks no TLS that we accept; see redis.url")
+    if isinstance(error, socket.gaierror):
+        return RedisUnavailable(f"Redis at {address} can't be reached: no such host")
+    # A host of several addresses raises an error without a number.
+    why = os.strerror(error.errno).lower() if error.errno else "none of its addresses answers"
+    return RedisUnavailable(f"Redis at {address} can't be reached: {why}")

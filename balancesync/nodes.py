@@ -1,0 +1,245 @@
+"""What a Redis says about itself: who it is, which slots it serves, and how safe its data is.
+
+The rights it takes: INFO, DBSIZE, and in a cluster CLUSTER SLOTS and CLUSTER NODES. CLIENT INFO,
+and CONFIG GET for `facts_of`, may be forbidden.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+import hiredis
+
+from balancesync.connection import Access, Address, Connection, connected, pack
+from balancesync.errors import ConfigError, RedisUnavailable, SourceChanged
+
+ALL_SLOTS: Final = 16_384
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One primary as it was at one moment.
+
+    `history` is the id of its data's history: new whenever it has been a replica meanwhile.
+    `client` is our connection and its database, None if the user may not ask. `swaps` counts
+    SWAPDB. `slots` is every primary and its slots as this node sees them, empty outside a cluster.
+    `server` is redis or valkey, `info` all that INFO says.
+    """
+
+    address: Address
+    run_id: str
+    history: str
+    swaps: str
+    slots: tuple[str, ...]
+    client: str | None
+    server: str
+    version: str
+    dbsize: int
+    info: dict[str, str]
+
+    @property
+    def release(self) -> tuple[int, ...]:
+        """The version of Redis that it is compatible with, as numbers."""
+        words = self.info.get("redis_version", "0").split(".")
+        return tuple(int(word) for word in words if word.isdigit())
+
+    def check_same(self, after: "Node") -> None:
+        """Raise SourceChanged unless `after` is the same server, untouched, on the same connection.
+
+        A SWAPDB, or slots under way, would move keys past a scan that ends in good order.
+        """
+        reason = None
+        if self.run_id != after.run_id:
+            reason = "was restarted"
+        elif self.history != after.history:
+            reason = "changed its role"
+        elif self.client != after.client:
+            reason = "was reached over another connection"
+        elif self.swaps != after.swaps:
+            reason = "had databases swapped by SWAPDB"
+        elif self.slots != after.slots:
+            reason = "and its cluster shared out their slots anew"
+        if reason:
+            raise SourceChanged(f"Redis at {self.address} {reason} during the scan")
+
+    def check_settled(self) -> None:
+        """Raise SourceChanged if slots are on their way to or from this node."""
+        if any("[" in line for line in self.slots):
+            raise SourceChanged(f"Redis at {self.address} is moving slots; a scan would miss keys")
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What `check` and the metrics want to know of one primary. Sizes are bytes."""
+
+    address: Address
+    server: str
+    version: str
+    maxmemory: int
+    maxmemory_policy: str
+    used_memory: int
+    evicted_keys: int
+    expired_keys: int
+    appendonly: bool
+    last_append_ok: bool
+    last_save_ok: bool
+    changes_since_save: int
+    save: str | None  # the save points; None if the user may not ask
+
+
+async def describe(connection: Connection, *, clustered: bool) -> Node:
+    """Ask a primary who it is.
+
+    Raises RedisUnavailable if it's loading or a replica, ConfigError if it's a Sentinel, or is in
+    cluster mode and `clustered` says no, or the reverse.
+    """
+    commands: list[tuple[bytes, ...]] = [
+        (b"INFO",),
+        (b"INFO", b"commandstats"),
+        (b"CLIENT", b"INFO"),
+        (b"DBSIZE",),
+    ]
+    if clustered:
+        commands.append((b"CLUSTER", b"NODES"))
+    replies = await connection.pipeline(commands)
+    address = connection.address
+    info = _parse_info(connection.check(replies[0], b"INFO"))
+    _check_mode(address, info, clustered=clustered)
+    if info.get("loading") == "1":
+        raise connection.explain("LOADING", b"INFO")
+    if info.get("role") != "master":
+        raise RedisUnavailable(f"Redis at {address} is a replica; only a primary is read")
+    stats = _parse_info(connection.check(replies[1], b"INFO"))
+    return Node(
+        address=address,
+        run_id=info.get("run_id", ""),
+        history=info.get("master_replid", ""),
+        swaps=stats.get("cmdstat_swapdb", "").partition(",")[0],
+        slots=_parse_nodes(connection.check(replies[4], b"CLUSTER")) if clustered else (),
+        client=_parse_client(replies[2]),
+        server="valkey" if "valkey_version" in info else "redis",
+        version=info.get("valkey_version") or info.get("redis_version", ""),
+        dbsize=connection.check(replies[3], b"DBSIZE"),
+        info=info,
+    )
+
+
+async def ask_cluster(nodes: list[Address], access: Access) -> dict[Address, list[tuple[int, int]]]:
+    """Every primary of a cluster with its slots, first and last, from the first node that answers.
+
+    Raises RedisUnavailable if none does or a slot is served by no primary, ConfigError if it's no
+    cluster.
+    """
+    failure: RedisUnavailable | None = None
+    for address in dict.fromkeys(nodes):
+        try:
+            async with connected(address, access) as connection:
+                return await _slots(connection)
+        except RedisUnavailable as error:
+            failure = failure or error
+    raise failure or RedisUnavailable()
+
+
+async def ask_sentinels(sentinels: list[Address], access: Access, service: str) -> Address:
+    """Where the primary called `service` is, from the first Sentinel that knows.
+
+    A Sentinel may want no password, or the one of redis.url; it speaks TLS if redis.url says so.
+    https://redis.io/docs/latest/develop/reference/sentinel-clients/ (step 3 is `describe`).
+    """
+    bare = replace(access, database=0, username=None, password=None)
+    command = (b"SENTINEL", b"GET-MASTER-ADDR-BY-NAME", service.encode())
+    for address in sentinels:
+        try:
+            try:
+                async with connected(address, bare) as connection:
+                    found = await connection.call(*command)
+            except ConfigError:
+                if access.password is None:
+                    raise
+                async with connected(address, replace(access, database=0)) as connection:
+                    found = await connection.call(*command)
+        except RedisUnavailable:
+            continue
+        if found:
+            return Address(found[0].decode(), int(found[1]))
+    names = ", ".join(map(str, sentinels))
+    raise RedisUnavailable(f'none of the Sentinels {names} knows where "{service}" is now')
+
+
+async def _slots(connection: Connection) -> dict[Address, list[tuple[int, int]]]:
+    reply = await connection.send(pack((b"CLUSTER", b"SLOTS")))
+    if isinstance(reply, hiredis.ReplyError) and "cluster support disabled" in str(reply):
+        raise ConfigError(
+            f"Redis at {connection.address} is no node of a cluster; set redis.cluster = false"
+        )
+    primaries: dict[Address, list[tuple[int, int]]] = {}
+    for first, last, (host, port, *_), *_ in connection.check(reply, b"CLUSTER|SLOTS"):
+        # No name, or a question mark, stands for the host that was asked.
+        name = host.decode() if host and host != b"?" else connection.address.host
+        primaries.setdefault(Address(name, port), []).append((first, last))
+    served = sum(last - first + 1 for slots in primaries.values() for first, last in slots)
+    if served != ALL_SLOTS:
+        raise RedisUnavailable(
+            f"the cluster of Redis at {connection.address} serves only {served:,} of its"
+            f" {ALL_SLOTS:,} slots"
+        )
+    return primaries
+
+
+async def facts_of(connection: Connection, node: Node) -> Facts:
+    """The facts about a primary that was just described."""
+    reply = await connection.send(pack((b"CONFIG", b"GET", b"save")))
+    pair = [] if isinstance(reply, hiredis.ReplyError) else reply
+    info = node.info
+
+    def number(name: str) -> int:
+        return int(info.get(name) or 0)
+
+    return Facts(
+        address=node.address,
+        server=node.server,
+        version=node.version,
+        maxmemory=number("maxmemory"),
+        maxmemory_policy=info.get("maxmemory_policy", ""),
+        used_memory=number("used_memory"),
+        evicted_keys=number("evicted_keys"),
+        expired_keys=number("expired_keys"),
+        appendonly=info.get("aof_enabled") == "1",
+        last_append_ok=info.get("aof_last_write_status", "ok") == "ok",
+        last_save_ok=info.get("rdb_last_bgsave_status", "ok") == "ok",
+        changes_since_save=number("rdb_changes_since_last_save"),
+        save=pair[1].decode() if len(pair) == 2 else None,
+    )
+
+
+def _check_mode(address: Address, info: dict[str, str], *, clustered: bool) -> None:
+    # Valkey has given the name a new one.
+    mode = info.get("redis_mode") or info.get("server_mode")
+    if mode == "sentinel":
+        raise ConfigError(
+            f"Redis at {address} is a Sentinel; put it into redis.sentinel, not redis.url"
+        )
+    if mode == "cluster" and not clustered:
+        raise ConfigError(f"Redis at {address} is a node of a cluster; set redis.cluster = true")
+    if mode == "standalone" and clustered:
+        raise ConfigError(f"Redis at {address} is no node of a cluster; set redis.cluster = false")
+
+
+def _parse_info(text: bytes) -> dict[str, str]:
+    lines = (line.partition(":") for line in text.decode(errors="replace").splitlines())
+    return {name: value for name, colon, value in lines if colon}
+
+
+def _parse_client(reply: Any) -> str | None:
+    if isinstance(reply, hiredis.ReplyError):
+        return None
+    words = dict(word.partition(b"=")[::2] for word in reply.split())
+    return f"{words.get(b'id', b'').decode()} {words.get(b'db', b'').decode()}"
+
+
+def _parse_nodes(text: bytes) -> tuple[str, ...]:
+    """Of CLUSTER NODES what must not change: id, configuration epoch and slots of each primary.
+
+    https://redis.io/docs/latest/commands/cluster-nodes/
+    """
+    lines = (line.split() for line in text.decode(errors="replace").splitlines())
+    return tuple(sorted(" ".join((w[0], w[6], *w[8:])) for w in lines if len(w) > 8))
