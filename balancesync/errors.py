@@ -3,6 +3,7 @@
     BalanceSyncError                 1
     ├── ConfigError                  2
     ├── TargetMismatch               2
+    ├── RightMissing                 2
     ├── SchemaMissing                2
     ├── SchemaTooNew                 2
     ├── Refused                      3
@@ -41,6 +42,12 @@ class ConfigError(BalanceSyncError):
 
 class TargetMismatch(BalanceSyncError):
     """A table in PostgreSQL doesn't fit its mapping; `balancesync check` names what differs."""
+
+    exit_code = 2
+
+
+class RightMissing(BalanceSyncError):
+    """A server denies balancesync a right it needs; docs/security.md lists them."""
 
     exit_code = 2
 

@@ -1,4 +1,4 @@
-"""What moves through the program: requests, batches, rejects, diffs and runs, and the pure guard."""
+"""What moves through the program: requests, batches, rejects and runs; and the pure guard."""
 
 import os
 import time
@@ -128,6 +128,19 @@ class Counts:
 
     def __add__(self, other: "Counts") -> "Counts":
         return Counts(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Counts)))
+
+    @property
+    def seen(self) -> int:
+        """The keys that are accounted for: `scanned` of a run that came to its end."""
+        return (
+            self.ignored
+            + self.vanished
+            + self.rejected
+            + self.inserted
+            + self.updated
+            + self.unchanged
+            + self.not_found
+        )
 
     def as_dict(self) -> dict[str, int]:
         """Every count by name, in order."""

@@ -1,0 +1,152 @@
+"""Writing a diff to its table in slices, each a short transaction of its own, in key order."""
+
+import asyncio
+import random
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from datetime import datetime
+from typing import Final
+
+import asyncpg
+
+from balancesync.errors import RunFailed, Transient
+from balancesync.model import Reject
+from balancesync.target import Diff, Op, Span, Writer
+
+_MAX_REFUSED_ROWS: Final = 1000
+_LOCK_ATTEMPTS: Final = 8
+_LOCK_PAUSE_S: Final = 0.1
+# The errors of one row: bad data, a constraint, a trigger that raises, a row too long for an index.
+_ROW_ERRORS: Final = (
+    asyncpg.DataError,
+    asyncpg.IntegrityConstraintViolationError,
+    asyncpg.RaiseError,
+    asyncpg.WithCheckOptionViolationError,
+    asyncpg.ProgramLimitExceededError,
+)
+_LOCK_ERRORS: Final = (asyncpg.DeadlockDetectedError, asyncpg.LockNotAvailableError)
+
+
+@dataclass(slots=True)
+class Applied:
+    """What this program saw committed, in rows."""
+
+    inserted: int = 0
+    updated: int = 0
+    deleted: int = 0
+    # Rows that were gone when their turn came.
+    not_found: int = 0
+    rejected: int = 0
+
+    @property
+    def rows(self) -> int:
+        """The rows written."""
+        return self.inserted + self.updated + self.deleted
+
+    def __add__(self, other: "Applied") -> "Applied":
+        return Applied(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Applied)))
+
+
+@dataclass(slots=True)
+class _Slice:
+    op: Op
+    after: int
+    last: int
+    attempts: int = 0
+
+
+class Applier:
+    """Applies one mapping's diff. `done` tells what is committed, also when `run` raises."""
+
+    def __init__(self, writer: Writer, at: datetime, between: Callable[[int], None]) -> None:
+        self.done = Applied()
+        self._writer = writer
+        self._at = at
+        self._between = between
+        self._queue: deque[_Slice] = deque()
+
+    async def run(self, diff: Diff) -> None:
+        """Apply inserts, updates and deletes; `between` is called before each slice, and may raise.
+
+        Raises Transient when rows stay locked by others, RunFailed when the table refuses too many.
+        """
+        config = self._writer.mapping.config
+        if config.mode == "upsert":
+            self._cut("i", diff.inserted)
+        self._cut("u", diff.updated)
+        self._cut("d", diff.deleted)
+        await self._writer.plan_by_index(len(self._queue) > 1)
+        while self._queue:
+            piece = self._queue.popleft()
+            if piece.attempts:
+                await asyncio.sleep(random.uniform(0, _LOCK_PAUSE_S * 2**piece.attempts))  # noqa: S311  # jitter
+            self._between(self.done.rows)
+            await self._apply(piece)
+
+    def _cut(self, op: Op, span: Span) -> None:
+        if span.rows:
+            size = self._writer.batch_rows
+            self._queue.extend(
+                _Slice(op, after, min(after + size, span.last))
+                for after in range(span.after, span.last, size)
+            )
+
+    async def _apply(self, piece: _Slice) -> None:
+        try:
+            rows = await self._write(piece)
+        except _ROW_ERRORS as error:
+            await self._narrow(piece, error)
+        except _LOCK_ERRORS as error:
+            piece.attempts += 1
+            if piece.attempts == _LOCK_ATTEMPTS:
+                raise Transient(
+                    f"rows of {self._writer.mapping.config.table} stay locked by another session:"
+                    f" {error}; see postgres.lock_timeout"
+                ) from error
+            self._queue.append(piece)
+        else:
+            self._count(piece, rows)
+
+    async def _write(self, piece: _Slice) -> int:
+        writer = self._writer
+        if piece.op == "i":
+            try:
+                return await writer.write("insert", piece.after, piece.last, self._at)
+            except asyncpg.UniqueViolationError:
+                # Somebody else inserted such a row since the diff was made.
+                return await writer.write("insert_on_conflict", piece.after, piece.last, self._at)
+        name = "update" if piece.op == "u" else "delete"
+        return await writer.write(name, piece.after, piece.last, self._at)
+
+    def _count(self, piece: _Slice, rows: int) -> None:
+        missing = piece.last - piece.after - rows
+        match piece.op:
+            case "i":
+                # Fewer than the slice has: somebody else had inserted the very same.
+                self.done.inserted += rows
+            case "u":
+                self.done.updated += rows
+                self.done.not_found += missing
+            case "d":
+                self.done.deleted += rows
+
+    async def _narrow(self, piece: _Slice, error: asyncpg.PostgresError) -> None:
+        """Halve a slice that the table refuses, down to the row that it is about."""
+        if piece.last - piece.after > 1:
+            middle = (piece.after + piece.last) // 2
+            self._queue.appendleft(_Slice(piece.op, middle, piece.last))
+            self._queue.appendleft(_Slice(piece.op, piece.after, middle))
+            return
+        self.done.rejected += 1
+        table = self._writer.mapping.config.table
+        if self.done.rejected > _MAX_REFUSED_ROWS:
+            raise RunFailed(
+                f"the table {table} refuses more than {_MAX_REFUSED_ROWS:,} rows, the last one"
+                f" with: {error}"
+            ) from error
+        row = await self._writer.row(piece.op, piece.after)
+        key = self._writer.mapping.print_key(row.key)
+        value = "\t".join(text if text is not None else "" for text in row.new).encode()
+        detail = f"{table} refuses it: {str(error).splitlines()[0]}"
+        await self._writer.keep_rejects([Reject(key, value, "refused_by_table", detail)])

@@ -1,0 +1,254 @@
+"""PostgreSQL sessions: connecting, what its errors mean, named SQL, locks, the schema's steps.
+
+What an error means (SQLSTATE classes: PostgreSQL manual, appendix A):
+
+    can't connect, 08*, 57P01-57P03, 53300,      PostgresUnavailable   postpone, try again
+    25006 read-only, 55000 recovery, time-outs
+    28*, 3D000 user, password, database          ConfigError           someone must act
+    42501 a right is missing                     RightMissing          someone must act
+    53100 disk full, 53200 out of memory         Transient             try again
+    anything else                                passes through        it's a bug, or the caller's
+"""
+
+import asyncio
+import hashlib
+import importlib.resources
+import re
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from functools import cache
+from typing import Final
+from urllib.parse import urlsplit
+
+import asyncpg
+
+from balancesync.config import PostgresConfig
+from balancesync.errors import (
+    BalanceSyncError,
+    ConfigError,
+    LockHeld,
+    PostgresUnavailable,
+    RightMissing,
+    SchemaMissing,
+    SchemaTooNew,
+    Transient,
+)
+
+Connection = asyncpg.Connection
+Pool = asyncpg.Pool
+
+# A dead client's or server's session must not keep its locks for the hours that TCP would take:
+# https://www.postgresql.org/docs/current/runtime-config-connection.html
+_SESSION: Final = {
+    "application_name": "balancesync",
+    "timezone": "UTC",
+    "datestyle": "ISO",
+    "tcp_keepalives_idle": "3",
+    "tcp_keepalives_interval": "2",
+    "tcp_keepalives_count": "2",
+    "tcp_user_timeout": "7000",
+}
+_SESSION_14: Final = {"client_connection_check_interval": "2s", "idle_session_timeout": "0"}
+_LOCK_POLL_S: Final = 0.1
+
+
+@cache
+def load_sql(name: str) -> dict[str, str]:
+    """Read `sql/NAME.sql` as blocks: each begins with a line `-- name: block`."""
+    text = (importlib.resources.files("balancesync") / "sql" / f"{name}.sql").read_text()
+    parts = re.split(r"^-- name: (\w+)$", text, flags=re.MULTILINE)
+    return {block: sql.strip() for block, sql in zip(parts[1::2], parts[2::2], strict=True)}
+
+
+def quote(*names: str | None) -> str:
+    """Quote identifiers and join them with dots; None is left out."""
+    return ".".join('"' + name.replace('"', '""') + '"' for name in names if name is not None)
+
+
+def lock_key(*parts: str) -> int:
+    """The advisory lock's number for a purpose: a signed 64-bit hash, the same on every host."""
+    digest = hashlib.sha256("\0".join(("balancesync", *parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "big", signed=True)
+
+
+class Database:
+    """One PostgreSQL database: a pool for short statements, and sessions of one's own."""
+
+    def __init__(self, config: PostgresConfig) -> None:
+        self.config = config
+        self.schema = quote(config.schema)
+        self._pool: Pool | None = None
+        self._opening = asyncio.Lock()
+
+    @property
+    def address(self) -> str:
+        """`host:port/database`, without user or password, for messages."""
+        parts = urlsplit(self.config.dsn.get_secret_value())
+        return parts.netloc.rpartition("@")[2] + parts.path
+
+    async def close(self) -> None:
+        """Close the pool; sessions are closed by those who opened them."""
+        if self._pool is not None:
+            self._pool.terminate()
+            self._pool = None
+
+    @asynccontextmanager
+    async def acquire(self) -> AsyncIterator[Connection]:
+        """Borrow a pooled connection for short statements; raises as the module's table says."""
+        with self.translated():
+            async with self._opening:
+                if self._pool is None:
+                    self._pool = await asyncpg.create_pool(
+                        self.config.dsn.get_secret_value(),
+                        min_size=0,
+                        max_size=self.config.pool_size,
+                        timeout=self.config.timeout,
+                        command_timeout=self.config.timeout,
+                        init=_prepare,
+                    )
+            async with self._pool.acquire(timeout=self.config.timeout) as connection:
+                yield connection  # type: ignore[misc]  # a PoolConnectionProxy is one in all but name
+
+    async def connect(self) -> Connection:
+        """Open a session of one's own: no statement time-out, locks and temporary tables live."""
+        with self.translated():
+            connection: Connection = await asyncpg.connect(
+                self.config.dsn.get_secret_value(), timeout=self.config.timeout
+            )
+            try:
+                await asyncio.wait_for(_prepare(connection), self.config.timeout)
+                encoding = connection.get_settings().server_encoding
+            except BaseException:
+                connection.terminate()
+                raise
+        if encoding != "UTF8":
+            connection.terminate()
+            raise ConfigError(
+                f"PostgreSQL's database {self.address} is encoded in {encoding}; balancesync needs"
+                " UTF8: create the database with ENCODING 'UTF8'"
+            )
+        return connection
+
+    @contextmanager
+    def translated(self) -> Iterator[None]:
+        """Turn the driver's errors into ours, as the module's table says."""
+        try:
+            yield
+        except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError) as error:
+            ours = translate(error, self.address)
+            if ours is None:
+                raise
+            raise ours from error
+
+
+async def _prepare(connection: Connection) -> None:
+    # set_config after connecting, since PgBouncer refuses such parameters in the start packet.
+    settings = dict(_SESSION)
+    if connection.get_server_version() >= (14,):
+        settings |= _SESSION_14
+    await connection.fetch(
+        "SELECT set_config(name, value, false) FROM unnest($1::text[], $2::text[]) s (name, value)",
+        list(settings),
+        list(settings.values()),
+    )
+
+
+def translate(error: BaseException, address: str) -> BalanceSyncError | None:
+    """What a driver's error means to an operator; None if it's none of the expected ones."""
+    where = f"PostgreSQL at {address}"
+    said = str(error).splitlines()[0] if str(error) else type(error).__name__
+    match error:
+        case asyncpg.InvalidAuthorizationSpecificationError() | asyncpg.InvalidPasswordError():
+            return ConfigError(f"{where} rejects the user or password: {said}; see postgres.dsn")
+        case asyncpg.InvalidCatalogNameError():
+            return ConfigError(f"{where} has no such database: {said}; see postgres.dsn")
+        case asyncpg.InsufficientPrivilegeError():
+            return RightMissing(f"{where} denies a right: {said}; grant it, see docs/security.md")
+        case asyncpg.DiskFullError() | asyncpg.OutOfMemoryError():
+            return Transient(f"{where} is short of space: {said}; free some, the run is repeated")
+        case asyncpg.TooManyConnectionsError():
+            return PostgresUnavailable(f"{where} has no free connection: {said}")
+        case asyncpg.ReadOnlySQLTransactionError():
+            return PostgresUnavailable(f"{where} is read-only or a standby: {said}")
+        case asyncpg.QueryCanceledError():
+            return PostgresUnavailable(f"{where} cancelled a statement: {said}")
+        case (
+            asyncpg.PostgresConnectionError()
+            | asyncpg.OperatorInterventionError()
+            | asyncpg.InterfaceError()
+            | asyncpg.InternalClientError()
+        ):
+            return PostgresUnavailable(f"{where} isn't there: {said}")
+        case TimeoutError():
+            return PostgresUnavailable(f"{where} didn't answer in time")
+        case OSError():
+            return PostgresUnavailable(f"{where} can't be reached: {said}")
+    return None
+
+
+async def take_lock(connection: Connection, key: int, wait_s: float) -> None:
+    """Take a session advisory lock, polled for up to `wait_s` seconds; raises LockHeld.
+
+    Polled and never waited in: a blocked session holds back vacuum in the whole database.
+    """
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + wait_s
+    while not await connection.fetchval("SELECT pg_try_advisory_lock($1)", key):
+        if loop.time() >= deadline:
+            raise LockHeld
+        await asyncio.sleep(_LOCK_POLL_S)
+
+
+class Steps:
+    """The steps that make and upgrade balancesync's own schema, in `sql/steps.sql`."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._steps = list(load_sql("steps").values())
+
+    @property
+    def newest(self) -> int:
+        """The number of steps this program knows."""
+        return len(self._steps)
+
+    async def current(self, connection: Connection) -> int:
+        """How many steps the database has seen; 0 without a schema."""
+        name = f"{self._database.schema}.steps"
+        if await connection.fetchval("SELECT to_regclass($1)", name) is None:
+            return 0
+        return int(await connection.fetchval(f"SELECT max(step) FROM {name}"))  # noqa: S608  # quoted
+
+    async def check(self, connection: Connection) -> None:
+        """Raise SchemaMissing or SchemaTooNew unless this program can work with the schema."""
+        current = await self.current(connection)
+        if current < self.newest:
+            raise SchemaMissing
+        self._refuse_newer(current)
+
+    async def upgrade(self, connection: Connection) -> int:
+        """Bring the schema up to date, under a lock of its own; return the steps taken."""
+        current = await self.current(connection)
+        self._refuse_newer(current)
+        if current >= self.newest:
+            return 0
+        schema = self._database.schema
+        key = lock_key("steps", self._database.config.schema)
+        async with connection.transaction():
+            # In a transaction of its own and short, so waiting here holds nothing else back.
+            await connection.execute("SELECT pg_advisory_xact_lock($1)", key)
+            current = await self.current(connection)
+            # IF NOT EXISTS would ask for a right on the database even where the schema is there.
+            if await connection.fetchval("SELECT to_regnamespace($1)", schema) is None:
+                await connection.execute(f"CREATE SCHEMA {schema}")
+            for number in range(current, self.newest):
+                await connection.execute(self._steps[number].format(schema=schema))
+                await connection.execute(
+                    f"INSERT INTO {schema}.steps (step) VALUES ($1)",  # noqa: S608  # quoted
+                    number + 1,
+                )
+        return self.newest - current
+
+    def _refuse_newer(self, current: int) -> None:
+        # Steps only add, so one step ahead is a rolling upgrade under way and still fits.
+        if current >= self.newest + 2:
+            raise SchemaTooNew

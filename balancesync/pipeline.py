@@ -1,0 +1,407 @@
+"""One attempt at a run: scan -> parse -> stage -> diff -> guard -> apply, or report.
+
+Dry run and verify are the same attempt stopped after diff.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from typing import Final
+
+import structlog
+
+from balancesync import table as tables
+from balancesync.apply import Applied, Applier
+from balancesync.config import Config
+from balancesync.database import Database, Steps
+from balancesync.errors import ConfigError, Refused, RunFailed, TargetMismatch
+from balancesync.mapping import Mapping
+from balancesync.model import Baseline, Counts, Observed, Refusal, Reject, Request, Run, guard
+from balancesync.reading import Reading
+from balancesync.records import Records, Remembered
+from balancesync.report import Report, describe, reread, spare_present
+from balancesync.source import Source
+from balancesync.target import Diff, Session, Span, Writer
+from balancesync.values import show
+
+_LOGGED_REJECTS: Final = 100
+
+log = structlog.get_logger("balancesync")
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far a run is, in keys or rows. `total` is an estimate, None while there's none."""
+
+    phase: str
+    mapping: str = ""
+    done: int = 0
+    total: int | None = None
+
+
+@dataclass(slots=True)
+class _Part:
+    """One mapping's part of the attempt."""
+
+    mapping: Mapping
+    reading: Reading
+    writer: Writer
+    read: Counts = field(default_factory=Counts)
+    diff: Diff = field(default_factory=Diff)
+
+    @property
+    def present(self) -> int:
+        """Distinct keys that are there, rejected ones included."""
+        return self.diff.stored + self.diff.rejected
+
+    @property
+    def would_apply(self) -> Applied:
+        """What applying the diff would do."""
+        inserts = self.mapping.config.mode == "upsert"
+        return Applied(
+            inserted=self.diff.inserted.rows if inserts else 0,
+            updated=self.diff.updated.rows,
+            deleted=self.diff.deleted.rows,
+        )
+
+    def tally(self, applied: Applied, *, complete: bool) -> Counts:
+        """The counts, given what is committed; of an incomplete run they need not add up."""
+        counts = replace(self.read)
+        inserts = self.mapping.config.mode == "upsert"
+        counts.rejected = self.diff.rejected + applied.rejected
+        counts.inserted, counts.updated = applied.inserted, applied.updated
+        counts.deleted, counts.absent = applied.deleted, self.diff.absent
+        counts.not_found = applied.not_found + (0 if inserts else self.diff.inserted.rows)
+        accounted = counts.inserted + counts.updated + counts.not_found + applied.rejected
+        if complete:
+            # What an earlier attempt committed is unchanged to this one: it counts once.
+            counts.updated = max(counts.updated - max(accounted - self.diff.stored, 0), 0)
+            counts.unchanged = max(self.diff.stored - accounted, 0)
+            counts.scanned = counts.seen
+        return counts
+
+
+class Pipeline:
+    """One attempt. `committed` is shared by a run's attempts: what they applied, by mapping.
+
+    `on_progress` is called at least once a batch; what it raises ends the attempt there.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        database: Database,
+        source: Source,
+        *,
+        run: Run,
+        request: Request,
+        committed: dict[str, Applied],
+        on_progress: Callable[[Progress], None],
+    ) -> None:
+        self.recorded = False
+        self.reports: list[Report] = []
+        self._config = config
+        self._database = database
+        self._source = source
+        self._run = run
+        self._request = request
+        self._committed = committed
+        self._on_progress = on_progress
+        self._records = Records(database)
+        self._steps = Steps(database)
+        self._logged_rejects = 0
+
+    async def execute(self, wait_s: float, close: Callable[[], None]) -> None:
+        """Do it all; `close` stamps the run's end just before its success is recorded.
+
+        Raises BalanceSyncError: Transient ones may be tried again.
+        """
+        session = await Session.open(self._database)
+        try:
+            with self._database.translated():
+                await self._open(session, wait_s)
+                if await self._is_recent(session):
+                    self._run.status = "skipped"
+                elif parts := await self._parts(session):
+                    await self._work(session, parts)
+                    self._run.status = "succeeded"
+                    if self._request.mode == "apply":
+                        await self._conclude(session, parts, close)
+                        return
+                close()
+                if self.recorded:
+                    await self._records.save(session.connection, self._run)
+        finally:
+            await session.close()
+
+    async def _work(self, session: Session, parts: Sequence[_Part]) -> None:
+        identity = await self._source.identity()
+        self._run.redis_run_id = identity.run_id
+        await self._warn_of_other_redis(session)
+        sizes = await self._source.dbsize()
+        for part in parts:
+            await self._scan(part, sum(sizes.values()))
+        at = await session.clock()
+        for part in parts:
+            self._on_progress(Progress("diff", part.mapping.name))
+            part.diff = await part.writer.diff()
+        await self._judge(session, parts, sizes)
+        if self._request.mode != "apply":
+            await self._report(session, parts)
+            return
+        complete = False
+        try:
+            for part in parts:
+                await self._apply(session, part, at)
+            complete = True
+        finally:
+            self._tally(parts, complete=complete)
+
+    async def _open(self, session: Session, wait_s: float) -> None:
+        connection = session.connection
+        if self._request.mode == "apply":
+            await self._steps.upgrade(connection)
+            await session.lock_writer(wait_s)
+            await self._records.mark_interrupted(connection)
+        elif self._request.mode == "verify" or await self._steps.current(connection):
+            await self._steps.check(connection)
+        # A dry run may come before there is a schema to record it in.
+        self.recorded = bool(await self._steps.current(connection))
+        if self.recorded:
+            await self._records.begin(connection, self._run)
+
+    async def _is_recent(self, session: Session) -> bool:
+        interval = self._config.schedule.min_interval
+        if self._request.force or not interval or not self.recorded:
+            return False
+        last = await self._records.last_success(session.connection)
+        age = (await session.clock() - last.started_at).total_seconds() if last else interval
+        if age >= interval:
+            return False
+        self._run.warnings.append(
+            f"the last success is {age:.0f} s old, younger than schedule.min_interval ="
+            f" {interval:g}; --force runs all the same"
+        )
+        return True
+
+    async def _parts(self, session: Session) -> list[_Part]:
+        """The mappings asked for, each with its table checked and its staging table made."""
+        name = self._request.mapping
+        chosen = [config for config in self._config.mapping if name in (None, config.name)]
+        if not chosen:
+            raise ConfigError(f'there is no mapping "{name}" in the configuration')
+        found = []
+        for config in chosen:
+            table = await tables.inspect(session.connection, config)
+            if not table.exists and self._request.mode == "apply":
+                table = await tables.create(session.connection, config)
+            elif not table.exists and self._request.mode == "verify":
+                raise TargetMismatch(
+                    f'mapping "{config.name}": the table {config.table} does not exist yet;'
+                    " `balancesync sync` creates it"
+                )
+            found.append((config, table))
+        tables.refuse_shared(found)
+        await session.prepare()
+        parts = []
+        for number, (config, table) in enumerate(found):
+            mapping = Mapping(config, nullable=table.nullable(config))
+            writer = Writer(session, mapping, table, number)
+            await writer.prepare()
+            parts.append(_Part(mapping, _reading(mapping), writer))
+        return parts
+
+    async def _warn_of_other_redis(self, session: Session) -> None:
+        if not self.recorded:
+            return
+        before = await self._records.last_redis(session.connection, self._run.id)
+        if before not in (None, self._run.redis_run_id):
+            self._warn(
+                "Redis was restarted or replaced since the last run (its run_id is another):"
+                " its values may have gone back in time"
+            )
+
+    async def _scan(self, part: _Part, size: int) -> None:
+        mapping, read = part.mapping, part.read
+        total = None if mapping.config.member else size
+        progress = Progress("scan", mapping.name, 0, total)
+        async with aclosing(self._source.scan(part.reading)) as batches:
+            async for raw in batches:
+                batch = mapping.parse(raw)
+                read.scanned += raw.scanned
+                read.ignored += raw.scanned - len(raw.keys)
+                read.vanished += batch.vanished
+                read.snapped += batch.snapped
+                await part.writer.stage(batch)
+                if batch.rejects:
+                    self._log_rejects(mapping.name, batch.rejects)
+                progress.done = read.scanned
+                self._on_progress(progress)
+
+    async def _judge(self, session: Session, parts: Sequence[_Part], sizes: dict[str, int]) -> None:
+        """Ask the guard about every mapping; raises Refused unless losses are accepted."""
+        known = await self._records.remembered(session.connection) if self.recorded else {}
+        refusals = []
+        for part in parts:
+            remembered = known.get(part.mapping.name, Remembered(None, None, None))
+            refusal = self._ask_guard(part, remembered)
+            if refusal:
+                refusals.append(refusal)
+            elif not part.present:
+                self._warn(f'mapping "{part.mapping.name}": Redis has no key of it')
+        if not refusals and self._request.mode == "apply":
+            refusals = await self._judge_size(parts, sizes)
+        sentences = [f'mapping "{each.mapping}": {each.reason}' for each in refusals]
+        if self._request.accept_loss or self._request.mode != "apply":
+            said = "accepted" if self._request.accept_loss else "a sync would be refused"
+            for sentence in sentences:
+                self._warn(f"{said}: {sentence}")
+        elif refusals:
+            self._tally(parts, complete=False)
+            for refusal in refusals:
+                if refusal.kind == "loss":
+                    await self._records.save_refusal(
+                        session.connection, refusal.mapping, refusal.reason
+                    )
+            raise Refused(
+                "; ".join(sentences) + ". Nothing was written: bring the keys back, or run"
+                " `balancesync sync --accept-loss` if this is as it should be"
+            )
+
+    def _ask_guard(self, part: _Part, remembered: Remembered) -> Refusal | None:
+        diff, limits = part.diff, self._config.guard
+        baseline = remembered.baseline
+        if baseline is None and part.mapping.config.mode == "upsert":
+            # Before a first success all rows of a table of our own count as known.
+            baseline = Baseline(present=diff.target_rows, absent=0)
+        seen = Observed(
+            present=part.present,
+            absent=diff.absent,
+            changed=diff.updated.rows,
+            deletable=diff.deleted.rows,
+            target_rows=diff.target_rows,
+        )
+        return guard(
+            part.mapping.name,
+            seen,
+            baseline,
+            standing=remembered.refusal is not None,
+            max_loss=limits.max_loss,
+            max_change=limits.max_change,
+        )
+
+    async def _judge_size(self, parts: Sequence[_Part], sizes: dict[str, int]) -> list[Refusal]:
+        sizes_now = await self._source.dbsize()
+        emptied = any(size and not sizes_now.get(primary) for primary, size in sizes.items())
+        before, now = sum(sizes.values()), sum(sizes_now.values())
+        if not emptied and now >= before * (1 - self._config.guard.max_loss):
+            return []
+        reason = f"Redis fell from {before:,} keys to {now:,} during the run"
+        return [Refusal(part.mapping.name, "loss", reason) for part in parts]
+
+    async def _apply(self, session: Session, part: _Part, at: datetime) -> None:
+        if part.diff.deleted.rows:
+            await self._spare(session, part)
+        total = part.would_apply.rows
+        progress = Progress("apply", part.mapping.name, 0, total)
+
+        def between(done: int) -> None:
+            progress.done = done
+            self._on_progress(progress)
+
+        applier = Applier(part.writer, at, between)
+        try:
+            await applier.run(part.diff)
+        finally:
+            name = part.mapping.name
+            self._committed[name] = self._committed.get(name, Applied()) + applier.done
+
+    async def _spare(self, session: Session, part: _Part) -> None:
+        name = part.mapping.name
+        if await self._records.unfinished_restore(session.connection, name):
+            self._warn(f'mapping "{name}": nothing is deleted until its restore has succeeded')
+            part.diff.deleted = Span()
+            return
+        spared = await spare_present(self._source, part.reading, part.mapping, part.writer)
+        part.diff.absent -= spared
+        part.diff.deleted.rows -= spared
+
+    async def _conclude(
+        self, session: Session, parts: Sequence[_Part], close: Callable[[], None]
+    ) -> None:
+        """Record success, rejects and the guard's new baseline, all in one transaction."""
+        run, connection = self._run, session.connection
+        present = sum(part.present for part in parts)
+        limit = self._config.guard.max_rejects
+        too_many = run.counts.rejected > limit * present
+        at = await session.clock()
+        names = [part.mapping.name for part in parts]
+        async with connection.transaction():
+            await self._records.merge_rejects(connection, run, at, names)
+            await self._records.forget_old(connection, run.id)
+            if not too_many:
+                if run.full or self._request.accept_loss:
+                    await self._records.save_baselines(connection, _baselines(parts, run))
+                close()
+                await self._records.save(connection, run)
+        if too_many:
+            raise RunFailed(
+                f"{run.counts.rejected:,} of {present:,} keys are rejects, more than"
+                f" guard.max_rejects = {limit:g}; the others are applied, see"
+                " `balancesync rejects`"
+            )
+
+    async def _report(self, session: Session, parts: Sequence[_Part]) -> None:
+        for number, part in enumerate(parts, len(parts)):
+            found, writer = part.would_apply, part.writer
+            if self._request.mode == "verify":
+                self._on_progress(Progress("compare", part.mapping.name))
+                writer = Writer(session, part.mapping, part.writer.table, number)
+                second, gone = await reread(
+                    self._source, part.reading, part.mapping, part.writer, writer
+                )
+                inserts = part.mapping.config.mode == "upsert"
+                found.inserted = second.inserted.rows if inserts else 0
+                found.updated, found.deleted = second.updated.rows, gone
+            self.reports.append(await describe(writer))
+            self._run.mappings[part.mapping.name] = part.tally(found, complete=True)
+
+    def _tally(self, parts: Sequence[_Part], *, complete: bool) -> None:
+        for part in parts:
+            name = part.mapping.name
+            committed = self._committed.get(name, Applied())
+            self._run.mappings[name] = part.tally(committed, complete=complete)
+
+    def _warn(self, warning: str) -> None:
+        # A run may be attempted several times, and then meet the same thing again.
+        if warning not in self._run.warnings:
+            self._run.warnings.append(warning)
+
+    def _log_rejects(self, mapping: str, rejects: Sequence[Reject]) -> None:
+        for reject in rejects:
+            self._logged_rejects += 1
+            write = log.warning if self._logged_rejects <= _LOGGED_REJECTS else log.debug
+            write("reject", mapping=mapping, key=show(reject.key), reason=reject.reason)
+            if self._logged_rejects == _LOGGED_REJECTS:
+                log.warning("more rejects are kept, not logged; see `balancesync rejects`")
+
+
+def _baselines(parts: Sequence[_Part], run: Run) -> dict[str, Baseline]:
+    return {
+        part.mapping.name: Baseline(
+            present=part.present,
+            absent=part.diff.absent - run.mappings[part.mapping.name].deleted,
+        )
+        for part in parts
+    }
+
+
+def _reading(mapping: Mapping) -> Reading:
+    return Reading(
+        type=mapping.config.type,
+        match=mapping.match,
+        fields=tuple(mapping.redis_fields),
+        member_key=mapping.member_key,
+        select=mapping.select,
+    )

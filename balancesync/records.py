@@ -1,0 +1,184 @@
+"""balancesync's own tables: what ran, what was rejected, what the guard must remember."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Final
+from uuid import UUID
+
+from balancesync.database import Connection, Database, load_sql, lock_key
+from balancesync.model import Baseline, Counts, Run
+
+# An advisory lock of 64 bits shows in pg_locks as two halves:
+# https://www.postgresql.org/docs/current/view-pg-locks.html
+_ABANDONED: Final = """r.status = 'running' AND NOT EXISTS (
+    SELECT FROM pg_locks AS l
+    WHERE l.locktype = 'advisory' AND l.objsubid = 1
+        AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+        AND (l.classid::bigint << 32) | l.objid::bigint = r.lock_key)"""
+
+
+@dataclass(frozen=True, slots=True)
+class Remembered:
+    """What the guard remembers of a mapping; `baseline` is None before a first success."""
+
+    baseline: Baseline | None
+    refusal: str | None
+    refused_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class KeptReject:
+    """A reject as it is kept; open while `healed_at` is None."""
+
+    mapping: str
+    key: bytes
+    value: bytes | None
+    reason: str
+    detail: str
+    first_seen: datetime
+    changed_at: datetime
+    healed_at: datetime | None
+    run_id: UUID
+
+
+class Records:
+    """Reads and writes balancesync's own tables, on whatever connection it's handed."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        blocks = load_sql("records")
+        self._sql = {
+            name: sql.format(schema=database.schema, abandoned=_ABANDONED)
+            for name, sql in blocks.items()
+        }
+
+    def lock_key_of(self, run: UUID) -> int:
+        """The advisory lock that shows that a run is under way."""
+        return lock_key("run", self._database.config.schema, str(run))
+
+    async def begin(self, connection: Connection, run: Run) -> None:
+        """Show the run as running for as long as this session lives."""
+        await connection.execute("SELECT pg_advisory_lock($1)", self.lock_key_of(run.id))
+        await self.save(connection, run)
+
+    async def save(self, connection: Connection, run: Run) -> None:
+        """Record the run as it is now."""
+        await connection.execute(
+            self._sql["save_run"],
+            run.id,
+            run.job,
+            run.trigger,
+            run.mode,
+            run.status,
+            run.mapping,
+            run.started_at,
+            run.finished_at,
+            run.duration_s,
+            run.attempts,
+            json.dumps({name: counts.as_dict() for name, counts in run.mappings.items()}),
+            run.warnings,
+            run.error,
+            run.redis_run_id,
+            self.lock_key_of(run.id),
+        )
+
+    async def mark_interrupted(self, connection: Connection) -> None:
+        """Close the runs whose process is gone."""
+        await connection.execute(self._sql["mark_interrupted"])
+
+    async def runs(
+        self,
+        connection: Connection,
+        *,
+        limit: int = 100,
+        before: UUID | None = None,
+        one: UUID | None = None,
+    ) -> list[Run]:
+        """Recorded runs, newest first."""
+        rows = await connection.fetch(self._sql["runs"], before, one, limit)
+        return [_run(dict(row)) for row in rows]
+
+    async def last_success(self, connection: Connection) -> Run | None:
+        """The last succeeded full apply run of all mappings."""
+        row = await connection.fetchrow(self._sql["last_success"])
+        if row is None:
+            return None
+        return (await self.runs(connection, one=row["id"], limit=1))[0]
+
+    async def last_redis(self, connection: Connection, before: UUID) -> str | None:
+        """The run_id of the Redis that was read by the last run before this one."""
+        found: str | None = await connection.fetchval(self._sql["last_redis"], before)
+        return found
+
+    async def unfinished_restore(self, connection: Connection, mapping: str) -> bool:
+        """Whether the mapping's last restore hasn't succeeded, so that Redis may be half empty."""
+        status = await connection.fetchval(self._sql["last_restore"], mapping)
+        return status is not None and status != "succeeded"
+
+    async def stats(self, connection: Connection) -> dict[str, Any]:
+        """Totals by job, mode and status; p50 and p95 of the last 100 successes, in seconds."""
+        totals = await connection.fetch(self._sql["totals"])
+        p50, p95 = await connection.fetchval(self._sql["durations"]) or (None, None)
+        return {"totals": [dict(row) for row in totals], "p50_s": p50, "p95_s": p95}
+
+    async def count_rejects(self, connection: Connection) -> dict[str, dict[str, int]]:
+        """Open rejects by mapping and reason."""
+        counts: dict[str, dict[str, int]] = {}
+        for row in await connection.fetch(self._sql["count_rejects"]):
+            counts.setdefault(row["mapping"], {})[row["reason"]] = row["rejects"]
+        return counts
+
+    async def rejects(
+        self,
+        connection: Connection,
+        *,
+        limit: int = 100,
+        mapping: str | None = None,
+        reason: str | None = None,
+        healed: bool = False,
+    ) -> list[KeptReject]:
+        """Kept rejects, open ones first, the newest first; healed ones only if asked for."""
+        rows = await connection.fetch(self._sql["rejects"], mapping, reason, healed, limit)
+        return [KeptReject(**row) for row in rows]
+
+    async def merge_rejects(
+        self, connection: Connection, run: Run, at: datetime, scanned: Sequence[str]
+    ) -> None:
+        """Keep what this session staged as rejects; those of fully scanned mappings that are no
+        more are healed. What is kept already is left alone."""
+        await connection.execute(self._sql["merge_rejects"], at, run.id)
+        await connection.execute(self._sql["heal_rejects"], at, list(scanned))
+
+    async def remembered(self, connection: Connection) -> dict[str, Remembered]:
+        """What the guard knows, by mapping."""
+        found = {}
+        for row in await connection.fetch(self._sql["baselines"]):
+            known = row["present"] is not None
+            baseline = Baseline(row["present"], row["absent"], row["pruned"]) if known else None
+            found[row["mapping"]] = Remembered(baseline, row["refusal"], row["refused_at"])
+        return found
+
+    async def save_baselines(
+        self, connection: Connection, baselines: Mapping[str, Baseline]
+    ) -> None:
+        """Remember a success; a refusal of these mappings is lifted."""
+        for mapping, seen in baselines.items():
+            await connection.execute(self._sql["save_baseline"], mapping, seen.present, seen.absent)
+
+    async def save_refusal(self, connection: Connection, mapping: str, reason: str) -> None:
+        """Remember that the guard refused; it stands until a success or a restore."""
+        await connection.execute(self._sql["save_refusal"], mapping, reason)
+
+    async def forget_old(self, connection: Connection, keep: UUID | None) -> None:
+        """Drop what is older than `postgres.keep_runs_days`, at most 10,000 rows a call."""
+        days = self._database.config.keep_runs_days
+        await connection.execute(self._sql["forget_runs"], days, keep or UUID(int=0))
+        await connection.execute(self._sql["forget_rejects"], days)
+
+
+def _run(fields: dict[str, Any]) -> Run:
+    mappings = json.loads(fields.pop("mappings"))
+    fields["mappings"] = {name: Counts(**counts) for name, counts in mappings.items()}
+    return Run(**fields)

@@ -1,0 +1,105 @@
+-- balancesync's own tables: runs, rejects, baselines.
+
+-- name: save_run
+INSERT INTO {schema}.runs AS r (id, job, trigger, mode, status, mapping, started_at, finished_at,
+    duration_s, attempts, mappings, warnings, error, redis_run_id, lock_key)
+VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9::float8::numeric, $10, $11, $12, $13, $14, $15)
+ON CONFLICT (id) DO UPDATE SET status = EXCLUDED.status, finished_at = EXCLUDED.finished_at,
+    duration_s = EXCLUDED.duration_s, attempts = EXCLUDED.attempts, mappings = EXCLUDED.mappings,
+    warnings = EXCLUDED.warnings, error = EXCLUDED.error, redis_run_id = EXCLUDED.redis_run_id;
+
+-- name: mark_interrupted
+UPDATE {schema}.runs AS r SET status = 'interrupted', finished_at = clock_timestamp(),
+    error = 'the process ended in mid-run'
+WHERE {abandoned};
+
+-- name: runs
+SELECT id, job, trigger, mode, CASE WHEN {abandoned} THEN 'interrupted' ELSE status END AS status,
+    mapping, started_at, finished_at, duration_s::float8 AS duration_s, attempts, mappings::text AS mappings,
+    warnings, error, redis_run_id
+FROM {schema}.runs AS r
+WHERE ($1::uuid IS NULL OR id < $1) AND ($2::uuid IS NULL OR id = $2)
+ORDER BY id DESC LIMIT $3;
+
+-- name: last_success
+SELECT id, started_at, finished_at, redis_run_id FROM {schema}.runs
+WHERE status = 'succeeded' AND job = 'sync' AND mode = 'apply' AND mapping IS NULL
+ORDER BY id DESC LIMIT 1;
+
+-- name: last_redis
+SELECT redis_run_id FROM {schema}.runs WHERE redis_run_id IS NOT NULL AND id < $1
+ORDER BY id DESC LIMIT 1;
+
+-- name: last_restore
+SELECT status FROM {schema}.runs
+WHERE job = 'restore' AND mode = 'apply' AND (mapping IS NULL OR mapping = $1)
+ORDER BY id DESC LIMIT 1;
+
+-- name: forget_runs
+DELETE FROM {schema}.runs WHERE id IN (
+    SELECT id FROM {schema}.runs WHERE started_at < now() - make_interval(days => $1) AND id <> $2
+    ORDER BY id LIMIT 10000);
+
+-- name: totals
+SELECT job, mode, status, count(*) AS runs, coalesce(sum(duration_s), 0)::float8 AS seconds
+FROM {schema}.runs GROUP BY job, mode, status;
+
+-- name: durations
+SELECT percentile_cont(ARRAY[0.5, 0.95]) WITHIN GROUP (ORDER BY duration_s::float8) AS p
+FROM (SELECT duration_s FROM {schema}.runs WHERE status = 'succeeded' AND job = 'sync' AND mode = 'apply'
+      ORDER BY id DESC LIMIT 100) AS r;
+
+-- name: count_rejects
+SELECT mapping, reason, count(*) AS rejects FROM {schema}.rejects WHERE healed_at IS NULL
+GROUP BY mapping, reason ORDER BY mapping, reason;
+
+-- name: rejects
+SELECT mapping, key, value, reason, detail, first_seen, changed_at, healed_at, run_id
+FROM {schema}.rejects
+WHERE ($1::text IS NULL OR mapping = $1) AND ($2::text IS NULL OR reason = $2)
+    AND ($3 OR healed_at IS NULL)
+ORDER BY healed_at IS NOT NULL, changed_at DESC, mapping, key_hash LIMIT $4;
+
+-- name: merge_rejects
+WITH latest AS (
+    SELECT DISTINCT ON (mapping, key) mapping, sha256(key) AS key_hash, key, value, reason, detail
+    FROM staged_rejects ORDER BY mapping, key, ctid DESC
+)
+INSERT INTO {schema}.rejects AS r
+    (mapping, key_hash, key, value, reason, detail, first_seen, changed_at, run_id)
+SELECT mapping, key_hash, key, value, reason, detail, $1::timestamptz, $1::timestamptz, $2::uuid
+FROM latest AS l
+WHERE NOT EXISTS (
+    SELECT FROM {schema}.rejects AS o
+    WHERE o.mapping = l.mapping AND o.key_hash = l.key_hash AND o.healed_at IS NULL
+        AND o.reason = l.reason AND o.value IS NOT DISTINCT FROM l.value AND o.detail = l.detail)
+ON CONFLICT (mapping, key_hash) DO UPDATE SET value = EXCLUDED.value, reason = EXCLUDED.reason,
+    detail = EXCLUDED.detail, changed_at = EXCLUDED.changed_at, run_id = EXCLUDED.run_id,
+    first_seen = CASE WHEN r.healed_at IS NULL THEN r.first_seen ELSE EXCLUDED.first_seen END,
+    healed_at = NULL;
+
+-- name: heal_rejects
+UPDATE {schema}.rejects AS r SET healed_at = $1::timestamptz
+WHERE r.mapping = ANY($2::text[]) AND r.healed_at IS NULL AND NOT EXISTS (
+    SELECT FROM staged_rejects AS s WHERE s.mapping = r.mapping AND s.key = r.key);
+
+-- name: forget_rejects
+DELETE FROM {schema}.rejects WHERE (mapping, key_hash) IN (
+    SELECT mapping, key_hash FROM {schema}.rejects
+    WHERE healed_at < now() - make_interval(days => $1) LIMIT 10000);
+
+-- name: baselines
+SELECT mapping, present, absent, pruned, refusal, refused_at FROM {schema}.baselines;
+
+-- name: save_baseline
+INSERT INTO {schema}.baselines AS b (mapping, present, absent) VALUES ($1, $2, $3)
+ON CONFLICT (mapping) DO UPDATE SET present = EXCLUDED.present, absent = EXCLUDED.absent,
+    pruned = 0, refusal = NULL, refused_at = NULL;
+
+-- name: save_refusal
+INSERT INTO {schema}.baselines AS b (mapping, refusal, refused_at) VALUES ($1, $2, clock_timestamp())
+ON CONFLICT (mapping) DO UPDATE SET refusal = EXCLUDED.refusal,
+    refused_at = coalesce(b.refused_at, EXCLUDED.refused_at);
+
+-- name: lift_refusals
+UPDATE {schema}.baselines SET refusal = NULL, refused_at = NULL WHERE refusal IS NOT NULL;

@@ -1,0 +1,35 @@
+-- What the catalogs know about a target table.
+
+-- name: relation
+SELECT c.oid::bigint AS oid, n.nspname AS schema, c.relname AS name, c.relkind::text AS kind,
+       row_security_active(c.oid) AS hidden_rows,
+       has_table_privilege(c.oid, 'SELECT') AS may_select,
+       has_schema_privilege(n.oid, 'USAGE') AS may_use
+FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
+WHERE c.oid = to_regclass($1);
+
+-- name: columns
+SELECT a.attname AS name, format_type(a.atttypid, a.atttypmod) AS type, a.attnotnull AS not_null,
+       a.atthasdef OR a.attidentity <> '' AS filled, a.attgenerated <> '' AS generated,
+       coalesce(l.collisdeterministic, true) AS deterministic,
+       CASE WHEN l.oid IS NOT NULL THEN quote_ident(ln.nspname) || '.' || quote_ident(l.collname) END
+           AS collation,
+       has_column_privilege($1::oid, a.attnum, 'INSERT') AS may_insert,
+       has_column_privilege($1::oid, a.attnum, 'UPDATE') AS may_update
+FROM pg_attribute AS a
+LEFT JOIN pg_collation AS l ON l.oid = a.attcollation
+LEFT JOIN pg_namespace AS ln ON ln.oid = l.collnamespace
+WHERE a.attrelid = $1::oid AND a.attnum > 0 AND NOT a.attisdropped
+ORDER BY a.attnum;
+
+-- name: unique_indexes
+SELECT (SELECT array_agg(a.attname::text)
+        FROM unnest(i.indkey[0:i.indnkeyatts - 1]) AS k (attnum)
+        LEFT JOIN pg_attribute AS a ON a.attrelid = i.indrelid AND a.attnum = k.attnum) AS columns
+FROM pg_index AS i
+WHERE i.indrelid = $1::oid AND i.indisunique AND i.indisvalid AND i.indimmediate
+      AND i.indpred IS NULL AND i.indexprs IS NULL;
+
+-- name: triggers
+SELECT tgname AS name, pg_get_triggerdef(oid) AS definition
+FROM pg_trigger WHERE tgrelid = $1::oid AND NOT tgisinternal AND tgenabled <> 'D';

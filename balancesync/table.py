@@ -1,0 +1,195 @@
+"""The target table as it really is: what the catalogs say, held against the mapping."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from balancesync.config import MappingConfig
+from balancesync.database import Connection, load_sql, quote
+from balancesync.errors import RightMissing, TargetMismatch
+
+_SQL: Final = load_sql("table")
+_KINDS: Final = {
+    "v": "a view",
+    "m": "a materialized view",
+    "f": "a foreign table",
+    "S": "a sequence",
+    "i": "an index",
+    "c": "a composite type",
+}
+_SYNCED_AT_TYPES: Final = ("timestamp with time zone", "timestamp without time zone")
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One column: `type` as format_type() prints it, `collation` quoted, None if it has none."""
+
+    name: str
+    type: str
+    not_null: bool
+    filled: bool
+    generated: bool
+    deterministic: bool
+    collation: str | None
+    may_insert: bool
+    may_update: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A table that fits its mapping, or, with `oid` None, one that is still to be created."""
+
+    sql_name: str
+    oid: int | None = None
+    columns: dict[str, Column] = field(default_factory=dict)
+
+    @property
+    def exists(self) -> bool:
+        """Whether the table is there already."""
+        return self.oid is not None
+
+    def nullable(self, mapping: MappingConfig) -> frozenset[str]:
+        """The value columns that may be NULL; none of a table that balancesync creates."""
+        return frozenset(
+            name
+            for name in mapping.value_columns
+            if self.exists and not self.columns[name].not_null
+        )
+
+
+async def inspect(connection: Connection, mapping: MappingConfig) -> Table:
+    """Look the mapping's table up and check that it fits.
+
+    Raises TargetMismatch with everything that differs in one line, or RightMissing.
+    """
+    name = quote(*mapping.table_name)
+    relation = await connection.fetchrow(_SQL["relation"], name)
+    if relation is None:
+        if mapping.mode == "update":
+            raise TargetMismatch(
+                f'mapping "{mapping.name}": the table {mapping.table} does not exist, and mode ='
+                ' "update" never creates one; create it or correct mapping.table'
+            )
+        return Table(name)
+    # By its full name from here on: a search path may change, and then another table be meant.
+    name = quote(relation["schema"], relation["name"])
+    if relation["kind"] not in ("r", "p"):
+        kind = _KINDS.get(relation["kind"], "no table")
+        raise TargetMismatch(
+            f'mapping "{mapping.name}": {mapping.table} is {kind}; only a table can'
+            " be written safely"
+        )
+    rows = await connection.fetch(_SQL["columns"], relation["oid"])
+    table = Table(name, relation["oid"], {row["name"]: Column(**row) for row in rows})
+    misfits = _column_misfits(table, mapping) or await _index_misfits(connection, table, mapping)
+    if relation["hidden_rows"]:
+        misfits.append("row-level security hides rows from this role; use a role with BYPASSRLS")
+    if misfits:
+        raise TargetMismatch(
+            f'mapping "{mapping.name}" doesn\'t fit the table {mapping.table}: '
+            + "; ".join(misfits)
+        )
+    if not relation["may_select"]:
+        raise RightMissing(f"this role may not read {mapping.table}; GRANT SELECT ON {name} to it")
+    _check_rights(table, mapping)
+    return table
+
+
+def _column_misfits(table: Table, mapping: MappingConfig) -> list[str]:
+    misfits = []
+    for name, declared in mapping.types.items():
+        column = table.columns.get(name)
+        if column is None:
+            misfits.append(f'there is no column "{name}"')
+        elif column.type != declared.sql:
+            misfits.append(f'column "{name}" is {column.type}, not {declared.sql} as configured')
+        elif column.generated:
+            misfits.append(f'column "{name}" is generated and can\'t be written')
+        elif name in mapping.key_columns and not column.deterministic:
+            misfits.append(
+                f'key column "{name}" has a collation under which different keys are equal;'
+                " give it a deterministic one"
+            )
+    if mapping.synced_at:
+        column = table.columns.get(mapping.synced_at)
+        if column is None:
+            misfits.append(
+                f'there is no column "{mapping.synced_at}": add it (timestamptz),'
+                ' or set mapping.synced_at = ""'
+            )
+        elif column.type not in _SYNCED_AT_TYPES:
+            misfits.append(f'column "{mapping.synced_at}" is {column.type}, not timestamptz')
+    if mapping.mode == "upsert":
+        ours = {*mapping.columns, mapping.synced_at}
+        misfits.extend(
+            f'column "{column.name}" must be given a value, but isn\'t mapped: give it a default'
+            ' or use mode = "update"'
+            for column in table.columns.values()
+            if column.not_null and not column.filled and column.name not in ours
+        )
+    return misfits
+
+
+async def _index_misfits(connection: Connection, table: Table, mapping: MappingConfig) -> list[str]:
+    indexes = await connection.fetch(_SQL["unique_indexes"], table.oid)
+    if any(set(row["columns"]) == set(mapping.key_columns) for row in indexes):
+        return []
+    columns = ", ".join(quote(name) for name in mapping.key_columns)
+    return [
+        "it has no unique index on exactly the key columns, so a key could mean two rows;"
+        f" CREATE UNIQUE INDEX CONCURRENTLY ON {table.sql_name} ({columns})"
+    ]
+
+
+def _check_rights(table: Table, mapping: MappingConfig) -> None:
+    written = [*mapping.value_columns, *([mapping.synced_at] if mapping.synced_at else [])]
+    lacks = [f"UPDATE ({name})" for name in written if not table.columns[name].may_update]
+    if mapping.mode == "upsert":
+        lacks += [
+            f"INSERT ({name})"
+            for name in [*mapping.key_columns, *written]
+            if not table.columns[name].may_insert
+        ]
+    if lacks:
+        raise RightMissing(
+            f'mapping "{mapping.name}": this role lacks {", ".join(lacks)} on {mapping.table};'
+            " GRANT it, see docs/security.md"
+        )
+
+
+async def create(connection: Connection, mapping: MappingConfig) -> Table:
+    """Create the mapping's own table, key columns as primary key; safe when two start at once."""
+    schema, _ = mapping.table_name
+    if schema and await connection.fetchval("SELECT to_regnamespace($1)", quote(schema)) is None:
+        await connection.execute(f"CREATE SCHEMA IF NOT EXISTS {quote(schema)}")
+    lines = [f"{quote(name)} {kind.sql} NOT NULL" for name, kind in mapping.types.items()]
+    if mapping.synced_at:
+        lines.append(f"{quote(mapping.synced_at)} timestamptz")
+    keys = ", ".join(quote(name) for name in mapping.key_columns)
+    lines.append(f"PRIMARY KEY ({keys})")
+    name = quote(*mapping.table_name)
+    await connection.execute(f"CREATE TABLE IF NOT EXISTS {name} ({', '.join(lines)})")
+    return await inspect(connection, mapping)
+
+
+async def triggers(connection: Connection, table: Table) -> list[str]:
+    """The names of the table's enabled triggers, which fire for every row that is written."""
+    rows = await connection.fetch(_SQL["triggers"], table.oid)
+    return [row["name"] for row in rows]
+
+
+def refuse_shared(found: Sequence[tuple[MappingConfig, Table]]) -> None:
+    """Refuse two mappings on one table under two names; the configuration judged the names only.
+
+    Raises TargetMismatch. What is allowed to share a table, written alike, has passed before.
+    """
+    by_oid: dict[int, MappingConfig] = {}
+    for config, table in found:
+        if table.oid is None:
+            continue
+        other = by_oid.setdefault(table.oid, config)
+        if other.table_name != config.table_name:
+            raise TargetMismatch(
+                f'mappings "{other.name}" and "{config.name}" name the same table as {other.table}'
+                f" and {config.table}; write it alike in both"
+            )

@@ -1,0 +1,364 @@
+"""The writing session: stage, diff and apply on the one connection that holds the writer's lock.
+
+Lose the connection, and lock and staging are lost together: nothing has to be fenced off.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, BinaryIO, Final, Literal, TypeVar, cast
+
+import asyncpg
+
+from balancesync.database import Connection, Database, load_sql, lock_key, take_lock
+from balancesync.errors import PostgresUnavailable
+from balancesync.mapping import Mapping
+from balancesync.model import Batch, Reject
+from balancesync.statements import staged_columns, statements
+from balancesync.table import Table
+
+Op = Literal["i", "u", "d"]
+T = TypeVar("T")
+
+# Enough for the hash join of a million narrow rows in one pass; more rows spill to disk.
+_SETTINGS: Final = {
+    "work_mem": "64MB",
+    "temp_buffers": "32MB",
+    "jit": "off",
+    "statement_timeout": "0",
+    "idle_in_transaction_session_timeout": "0",
+}
+# Above this many rows of the table for each staged one, its key index is cheaper than one pass.
+_INDEX_RATIO: Final = 4
+# A few hundred sampled rows tell the planner what it must know; 30,000 cost a tenth of a second.
+_STATISTICS_TARGET: Final = 1
+_STAGE_BYTES: Final = 1 << 20
+_CLOSE_S: Final = 2.0
+# A reject is kept to be looked at: more of its value would only fill the table.
+_KEPT_VALUE_BYTES: Final = 65_536
+
+
+@dataclass(slots=True)
+class Span:
+    """The rows of a diff with one op: after < n <= last."""
+
+    rows: int = 0
+    after: int = 0
+    last: int = 0
+
+
+@dataclass(slots=True)
+class Diff:
+    """What staging and target differ in. `inserted` are keys without a row, also of `update`."""
+
+    stored: int = 0
+    rejected: int = 0
+    target_rows: int = 0
+    absent: int = 0
+    inserted: Span = field(default_factory=Span)
+    updated: Span = field(default_factory=Span)
+    deleted: Span = field(default_factory=Span)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A row of the diff as text: canonical key columns, new values, old values."""
+
+    op: Op
+    key: tuple[str, ...]
+    new: tuple[str | None, ...]
+    old: tuple[str | None, ...]
+
+
+class Session:
+    """A PostgreSQL connection of one's own, for one run or for live mode's flushes."""
+
+    def __init__(self, database: Database, connection: Connection) -> None:
+        self.database = database
+        self.connection = connection
+        self.progress: Callable[[], None] = lambda: None
+
+    @classmethod
+    async def open(cls, database: Database) -> "Session":
+        """Connect; raises PostgresUnavailable or ConfigError."""
+        session = cls(database, await database.connect())
+        try:
+            with database.translated():
+                for name, value in _SETTINGS.items():
+                    await session.connection.execute(
+                        "SELECT set_config($1, $2, false)", name, value
+                    )
+        except BaseException:
+            session.drop()
+            raise
+        return session
+
+    async def prepare(self) -> None:
+        """Create the temporary table that all mappings' rejects are put aside in."""
+        await self.watch(self.connection.execute(load_sql("target")["create_rejects"]))
+
+    async def close(self) -> None:
+        """Free the locks and drop the connection with its temporary tables.
+
+        PostgreSQL would notice the end of the connection a moment later than the next run starts.
+        """
+        with suppress(asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError):
+            async with asyncio.timeout(_CLOSE_S):
+                await self.connection.execute("SELECT pg_advisory_unlock_all()")
+        self.drop()
+
+    def drop(self) -> None:
+        """Drop the connection, whatever it's at; its locks fall when PostgreSQL notices."""
+        self.connection.terminate()
+
+    async def lock_writer(self, wait_s: float) -> None:
+        """Take the writer's lock, waiting up to `wait_s` seconds; raises LockHeld."""
+        with self.database.translated():
+            key = lock_key("writer", self.database.config.schema)
+            await take_lock(self.connection, key, wait_s)
+
+    async def clock(self) -> datetime:
+        """PostgreSQL's time."""
+        now: datetime = await self.watch(self.connection.fetchval("SELECT clock_timestamp()"))
+        return now
+
+    async def watch(self, operation: Awaitable[T]) -> T:
+        """Await a statement of this session, however long it takes, while PostgreSQL lives.
+
+        Raises PostgresUnavailable when no probe on another connection is answered within
+        `postgres.timeout`, or the probe finds that this session's backend isn't at work: a stopped
+        server still acknowledges what it is sent, and a reply may have been lost on the way.
+        """
+        task = asyncio.ensure_future(operation)
+        try:
+            with self.database.translated():
+                while True:
+                    done, _ = await asyncio.wait({task}, timeout=self.database.config.timeout)
+                    if done:
+                        return task.result()
+                    await self._prove_alive(task)
+                    self.progress()
+        finally:
+            if not task.done():
+                # The driver would wait for PostgreSQL to confirm: drop the connection first.
+                self.drop()
+                task.cancel()
+
+    async def _prove_alive(self, task: asyncio.Future[Any]) -> None:
+        pid = self.connection.get_server_pid()
+        async with asyncio.timeout(self.database.config.timeout), self.database.acquire() as probe:
+            state = await probe.fetchval("SELECT state FROM pg_stat_activity WHERE pid = $1", pid)
+        if not task.done() and state != "active":
+            raise PostgresUnavailable(
+                f"PostgreSQL at {self.database.address} isn't working on the statement that this"
+                f" run waits for (its session is {state or 'gone'})"
+            )
+
+
+class Writer:
+    """One mapping's part of a session: its staging table, its diff, its slices."""
+
+    def __init__(self, session: Session, mapping: Mapping, table: Table, number: int) -> None:
+        self.mapping = mapping
+        self.table = table
+        self._session = session
+        self._staging = f"staging_{number}"
+        self._keys, self._values = staged_columns(mapping.config)
+        self._sql, self._sql_by_index = (
+            statements(
+                mapping.config, table, staging=self._staging, diff=f"diff_{number}", ordered=ordered
+            )
+            for ordered in (False, True)
+        )
+        self._pending: list[bytes] = []
+        self._pending_bytes = 0
+        self._staged = 0
+        self._rejected = 0
+        self._rejected_rows = 0
+
+    async def _execute(self, sql: str, *arguments: object) -> int:
+        status: str = await self._session.watch(self._session.connection.execute(sql, *arguments))
+        return int(status.rpartition(" ")[2] or 0) if status[-1:].isdigit() else 0
+
+    async def _fetch(self, sql: str, *arguments: object) -> list[asyncpg.Record]:
+        rows: list[asyncpg.Record] = await self._session.watch(
+            self._session.connection.fetch(sql, *arguments)
+        )
+        return rows
+
+    async def prepare(self) -> None:
+        """Create the session's temporary tables for this mapping."""
+        await self._execute(self._sql["create"])
+
+    async def stage(self, batch: Batch) -> None:
+        """Take in one parsed batch; sends COPYs of about a megabyte, with nothing open between."""
+        self._staged += batch.count
+        if batch.count:
+            self._pending.append(batch.rows)
+            self._pending_bytes += len(batch.rows)
+        if batch.rejects:
+            # In the order of reading: the later read of a key wins.
+            await self.flush()
+            await self._stage_rejects(batch.rejects)
+        if self._pending_bytes >= _STAGE_BYTES:
+            await self.flush()
+
+    async def flush(self) -> None:
+        """Send what `stage` holds back."""
+        if self._pending:
+            lines, self._pending, self._pending_bytes = b"".join(self._pending), [], 0
+            await self._copy(lines, [*self._keys, *self._values])
+
+    async def _copy(self, lines: bytes, columns: Sequence[str]) -> None:
+        # The driver takes bytes for the path of a file, and reads a file in a thread.
+        data = cast(BinaryIO, memoryview(lines))
+        await self._session.watch(
+            self._session.connection.copy_to_table(
+                self._staging, source=data, columns=columns, format="text"
+            )
+        )
+
+    async def _stage_rejects(self, rejects: Sequence[Reject]) -> None:
+        rows = [reject.row + b"\tt\n" for reject in rejects if reject.row is not None]
+        self._rejected += len(rejects)
+        self._rejected_rows += len(rows)
+        if rows:
+            await self._copy(b"".join(rows), [*self._keys, "rejected"])
+        await self.keep_rejects(rejects)
+
+    async def keep_rejects(self, rejects: Sequence[Reject]) -> None:
+        """Put rejects aside in the session, to be recorded when the run ends."""
+        name = self.mapping.name
+        await self._session.watch(
+            self._session.connection.copy_records_to_table(
+                "staged_rejects",
+                records=[
+                    (name, r.key, r.value and r.value[:_KEPT_VALUE_BYTES], r.reason, r.detail)
+                    for r in rejects
+                ],
+                columns=["mapping", "key", "value", "reason", "detail"],
+            )
+        )
+
+    async def diff(self) -> Diff:
+        """Compare what is staged with the table, as one snapshot sees it."""
+        await self.flush()
+        connection = self._session.connection
+        found = Diff()
+        with self._session.database.translated():
+            async with connection.transaction(isolation="repeatable_read"):
+                await self._analyze(self._staging)
+                found.stored = await self._drop_duplicates()
+                found.rejected = await self._count_rejects()
+                if self.table.exists:
+                    found.target_rows = await self._count(self._sql["count_target"])
+                await self._compare(found)
+        return found
+
+    async def _analyze(self, table: str) -> None:
+        # Autovacuum never sees a temporary table.
+        await self._execute(f"SET LOCAL default_statistics_target = {_STATISTICS_TARGET}")
+        await self._execute(f"ANALYZE {table}")
+
+    async def _count(self, sql: str, *arguments: object) -> int:
+        return int((await self._fetch(sql, *arguments))[0][0])
+
+    async def _count_rejects(self) -> int:
+        if not self._rejected:
+            return 0
+        return await self._count(self._sql["count_rejects"], self.mapping.name)
+
+    async def _drop_duplicates(self) -> int:
+        """Keep the latest read of each key; return how many keys have a value to store."""
+        if await self._count(self._sql["count_keys"]) == self._staged + self._rejected_rows:
+            return self._staged
+        superseded = await self._fetch(self._sql["drop_earlier"])
+        keys = [self.mapping.print_key(tuple(row)) for row in superseded]
+        await self._execute(self._sql["withdraw_rejects"], self.mapping.name, keys)
+        return await self._count(self._sql["count_staged"])
+
+    async def _compare(self, found: Diff) -> None:
+        if not found.target_rows:
+            await self._execute(self._sql["diff_new"])
+        else:
+            sql = self._sql
+            if found.target_rows > _INDEX_RATIO * self._staged:
+                # One look into the key index for each staged row, in key order, whatever the
+                # planner believes of a table that was never analyzed.
+                for setting in ("enable_seqscan", "enable_hashjoin", "enable_mergejoin"):
+                    await self._execute(f"SET LOCAL {setting} = off")
+                sql = self._sql_by_index
+            await self._execute(sql["diff_join"])
+            await self._summarize(found)
+            rejected = await self._count(sql["count_rejected_rows"]) if self._rejected else 0
+            found.absent = found.target_rows - (found.stored - found.inserted.rows) - rejected
+            if found.absent and self.mapping.config.on_absent == "delete":
+                await self._execute(sql["diff_gone"], max(found.inserted.last, found.updated.last))
+        await self._summarize(found)
+
+    async def _summarize(self, found: Diff) -> None:
+        spans = {row["op"]: row for row in await self._fetch(self._sql["summary"])}
+        for op, name in (("i", "inserted"), ("u", "updated"), ("d", "deleted")):
+            if op in spans:
+                row = spans[op]
+                setattr(found, name, Span(row["rows"], row["after"], row["last"]))
+
+    async def page(self, op: Op, after: int, limit: int) -> list[tuple[int, tuple[str, ...]]]:
+        """Up to `limit` rows of the diff behind number `after`: number and key column texts."""
+        rows = await self._fetch(self._sql["page"], after, limit, op.encode())
+        return [(row["n"], tuple(row[name] for name in self._keys)) for row in rows]
+
+    async def forget(self, numbers: Sequence[int]) -> None:
+        """Take rows out of the diff, by their numbers."""
+        await self._execute(self._sql["forget"], list(numbers))
+
+    async def sample(self, op: Op, limit: int, after: int = 0) -> list[Row]:
+        """The first `limit` rows of the diff with this op behind number `after`, in key order."""
+        rows = await self._fetch(self._sql["sample"], op.encode(), limit, after)
+        olds = [f"o{number}" for number, _ in enumerate(self._values, 1)]
+        return [
+            Row(
+                op,
+                tuple(row[name] for name in self._keys),
+                tuple(row[name] for name in self._values),
+                tuple(row[name] for name in olds),
+            )
+            for row in rows
+        ]
+
+    async def totals(self, ops: Sequence[Op]) -> dict[str, str]:
+        """How far the diff's `ops` would move the total of each numeric value column, exactly."""
+        rows = await self._fetch(self._sql["totals"], [op.encode() for op in ops])
+        return {name: text for name, text in rows[0].items() if text is not None}
+
+    async def count_gone(self) -> int:
+        """How many rows of the diff's deletions are still there."""
+        return await self._count(self._sql["count_gone"])
+
+    @property
+    def batch_rows(self) -> int:
+        """How many rows one transaction may change."""
+        return self._session.database.config.apply_batch
+
+    async def plan_by_index(self, many: bool) -> None:
+        """Make the session ready to apply: rows are reached, and so locked, in key order.
+
+        A nested loop keeps the order of its outer side, the diff; a hash or merge join wouldn't.
+        """
+        if many:
+            await self._execute(self._sql["index_diff"])
+        for setting in ("enable_hashjoin", "enable_mergejoin"):
+            await self._execute(f"SET {setting} = off")
+        milliseconds = round(self._session.database.config.lock_timeout * 1000)
+        await self._execute(f"SET lock_timeout = {milliseconds}")
+
+    async def write(self, name: str, after: int, last: int, at: datetime) -> int:
+        """Apply the slice after < n <= last by one statement and transaction; return the rows."""
+        timed = self.mapping.config.synced_at and name != "delete"
+        return await self._execute(self._sql[name], after, last, *([at] if timed else []))
+
+    async def row(self, op: Op, after: int) -> Row:
+        """The first row of the diff behind number `after`."""
+        return (await self.sample(op, 1, after))[0]
