@@ -1,0 +1,226 @@
+"""The command line: what may be typed, and the exit code that it ends with.
+
+    0   done, also if there was nothing to do or the run was skipped
+    1   failed, cancelled, unhealthy, drift found, too many rejects, or a bug
+    2   usage, configuration, or tables that don't fit
+    3   refused by the guard
+    75  the writer's lock is held, or a server can't be reached
+
+Heavy rooms are imported when a command needs them: `--help` must not wait for them.
+"""
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Final
+from uuid import UUID
+
+from balancesync import __version__
+from balancesync.errors import BalanceSyncError
+
+if TYPE_CHECKING:
+    from asyncio import AbstractEventLoop
+
+    from balancesync.config import Config
+
+USAGE: Final = 2
+_EXAMPLES: Final = {
+    "sync": "balancesync sync --dry-run --mapping balances",
+    "verify": "balancesync verify --json",
+    "rejects": "balancesync rejects --reason too_many_decimals --limit 20",
+    "runs": "balancesync runs --limit 5",
+    "init": "balancesync init",
+}
+_HELP: Final = {
+    "sync": "copy what has changed from Redis to PostgreSQL, now",
+    "verify": "compare Redis with PostgreSQL; writes no balance",
+    "rejects": "what couldn't be stored, and why",
+    "runs": "what ran, the newest first",
+    "init": "create or upgrade the schema of balancesync's own tables",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return its exit code. Usage errors raise SystemExit(2), as argparse does."""
+    if argv is None:
+        sys.excepthook = partial(_report_bug, (), False)
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.command is None:
+        parser.print_help()
+        return USAGE
+    try:
+        from balancesync.config import load  # noqa: PLC0415
+
+        return _execute(args, load(args.config), report_bugs=argv is None)
+    except BalanceSyncError as error:
+        _say(str(error))
+        return error.exit_code
+    except KeyboardInterrupt:
+        _say("interrupted")
+        return 1
+
+
+def _execute(args: argparse.Namespace, config: "Config", *, report_bugs: bool) -> int:
+    import asyncio  # noqa: PLC0415
+
+    from balancesync import commands, telemetry  # noqa: PLC0415
+
+    secrets = telemetry.secrets_of(config)
+    if report_bugs:
+        sys.excepthook = partial(_report_bug, secrets, args.verbose)
+    commands.configure_logs(config, secrets, verbose=args.verbose)
+    try:
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            return runner.run(commands.COMMANDS[args.command](config, args))
+    except BalanceSyncError as error:
+        _say(telemetry.hide(str(error), secrets))
+        return error.exit_code
+
+
+def _loop_factory() -> "Callable[[], AbstractEventLoop] | None":
+    try:
+        import uvloop  # noqa: PLC0415
+    except ImportError:
+        return None
+    return uvloop.new_event_loop
+
+
+def _say(text: str) -> None:
+    print(f"balancesync: {text}", file=sys.stderr)
+
+
+def _report_bug(
+    secrets: tuple[str, ...],
+    verbose: bool,
+    kind: type[BaseException],
+    error: BaseException,
+    trace: TracebackType | None,
+) -> None:
+    """One line for whoever typed the command; the traceback if they ask for it."""
+    from balancesync import telemetry  # noqa: PLC0415
+
+    if verbose:
+        lines = "".join(traceback.format_exception(kind, error, trace))
+        sys.stderr.write(telemetry.hide(lines, secrets))
+    frames = traceback.extract_tb(trace)
+    place = f" at {os.path.basename(frames[-1].filename)}:{frames[-1].lineno}" if frames else ""
+    said = telemetry.printable(telemetry.hide(str(error), secrets))
+    hint = "" if verbose else "; --verbose shows the traceback"
+    _say(f"this is a bug: {kind.__name__}{place}: {said}{hint}")
+
+
+# --- what may be typed ----------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="balancesync",
+        allow_abbrev=False,
+        description="Copies users' balances from Redis to PostgreSQL, exactly, and proves it.",
+        epilog="Exit codes: 0 done, 1 failed, 2 usage or configuration, 3 refused by the guard,"
+        " 75 the lock is held or a server can't be reached.",
+    )
+    parser.add_argument("--version", action="version", version=f"balancesync {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    for name, add_options in _OPTIONS.items():
+        command = commands.add_parser(
+            name,
+            help=_HELP[name],
+            description=f"{_HELP[name][0].upper()}{_HELP[name][1:]}.",
+            epilog=f"example:\n  {_EXAMPLES[name]}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        command.set_defaults(command=name)
+        add_options(command)
+    return parser
+
+
+def _add_common(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="the configuration; else $BALANCESYNC_CONFIG, else ./config.toml",
+    )
+    command.add_argument("--json", action="store_true", help="print the result as JSON")
+    command.add_argument("--verbose", action="store_true", help="log at debug")
+
+
+def _add_mapping(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--mapping", metavar="NAME", help="this mapping only")
+
+
+def _add_limit(command: argparse.ArgumentParser, default: int) -> None:
+    command.add_argument(
+        "--limit", type=_limit, default=default, metavar="N", help=f"at most N (default {default})"
+    )
+
+
+def _add_sync(command: argparse.ArgumentParser) -> None:
+    _add_common(command)
+    _add_mapping(command)
+    command.add_argument(
+        "--force", action="store_true", help="run even if schedule.min_interval isn't over"
+    )
+    command.add_argument(
+        "--dry-run", action="store_true", help="show what would change, and change nothing"
+    )
+    command.add_argument(
+        "--accept-loss", action="store_true", help="let what the guard would refuse pass, once"
+    )
+    command.add_argument(
+        "--wait",
+        type=_seconds,
+        default=30.0,
+        metavar="S",
+        help="how long to wait for another writer to end (default 30)",
+    )
+
+
+def _add_verify(command: argparse.ArgumentParser) -> None:
+    _add_common(command)
+    _add_mapping(command)
+
+
+def _add_rejects(command: argparse.ArgumentParser) -> None:
+    _add_common(command)
+    _add_mapping(command)
+    command.add_argument("--reason", metavar="REASON", help="only these, such as residue")
+    command.add_argument("--all", action="store_true", help="those that have healed, too")
+    _add_limit(command, 100)
+
+
+def _add_runs(command: argparse.ArgumentParser) -> None:
+    _add_common(command)
+    command.add_argument("id", nargs="?", type=UUID, metavar="ID", help="this run, with all of it")
+    _add_limit(command, 20)
+
+
+_OPTIONS: Final[dict[str, Callable[[argparse.ArgumentParser], None]]] = {
+    "sync": _add_sync,
+    "verify": _add_verify,
+    "rejects": _add_rejects,
+    "runs": _add_runs,
+    "init": _add_common,
+}
+
+
+def _limit(text: str) -> int:
+    number = int(text)
+    if not 1 <= number <= 1_000_000:
+        raise argparse.ArgumentTypeError("must be from 1 to 1000000")
+    return number
+
+
+def _seconds(text: str) -> float:
+    number = float(text)
+    if not 0 <= number <= 86_400:
+        raise argparse.ArgumentTypeError("must be from 0 to 86400 seconds")
+    return number

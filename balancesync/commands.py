@@ -1,0 +1,200 @@
+"""What each command does: ask the rooms below, show the answer, give the exit code."""
+
+import asyncio
+import os
+import signal
+import sys
+from argparse import Namespace
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
+from typing import Any, Final, Literal
+
+from balancesync import show, telemetry
+from balancesync.config import Config
+from balancesync.database import Connection, Database, Steps
+from balancesync.documents import Document, reject_document, run_document
+from balancesync.errors import BalanceSyncError
+from balancesync.model import Mode, Request
+from balancesync.progress import follow
+from balancesync.records import Records
+from balancesync.source import Source
+from balancesync.sync import Sync
+
+Command = Callable[[Config, Namespace], Coroutine[Any, Any, int]]
+
+_DRIFT: Final = 1
+_STOPPED: Final = 1
+
+
+def configure_logs(config: Config, secrets: tuple[str, ...], *, verbose: bool) -> None:
+    """Set up the logs of a command: on a terminal, the bar and the result say what info would."""
+    terminal = sys.stderr.isatty()
+    log = config.log
+    if verbose:
+        log = replace(log, level="debug")
+    elif terminal and log.level == "info" and log.format != "json":
+        log = replace(log, level="warning")
+    telemetry.configure(log, secrets, stream_is_tty=terminal)
+
+
+@asynccontextmanager
+async def servers(config: Config) -> AsyncIterator[tuple[Database, Source]]:
+    """Both servers, connected to when they're first asked."""
+    database = Database(config.postgres)
+    try:
+        async with Source(config.redis) as source:
+            yield database, source
+    finally:
+        await database.close()
+
+
+@asynccontextmanager
+async def _records(config: Config) -> AsyncIterator[tuple[Records, Connection]]:
+    """balancesync's own tables, to be read; raises SchemaMissing or SchemaTooNew."""
+    database = Database(config.postgres)
+    try:
+        async with database.acquire() as connection:
+            await Steps(database).check(connection)
+            yield Records(database), connection
+    finally:
+        await database.close()
+
+
+async def sync(config: Config, args: Namespace) -> int:
+    """Copy what has changed, or show it."""
+    mode: Mode = "dry_run" if args.dry_run else "apply"
+    request = Request(
+        job="sync",
+        trigger="cli",
+        mode=mode,
+        mapping=args.mapping,
+        accept_loss=args.accept_loss,
+        force=args.force,
+    )
+    return await _run(config, args, request, wait_s=args.wait)
+
+
+async def verify(config: Config, args: Namespace) -> int:
+    """Compare Redis with PostgreSQL."""
+    request = Request(job="verify", trigger="cli", mode="verify", mapping=args.mapping)
+    return await _run(config, args, request)
+
+
+async def _run(config: Config, args: Namespace, request: Request, *, wait_s: float = 0.0) -> int:
+    async with servers(config) as (database, source):
+        with follow(terminal=sys.stderr.isatty()) as on_progress:
+            work = Sync(config, database, source, on_progress)
+            with _stopping(work):
+                run = await work.run(request, wait_s=wait_s)
+    document = run_document(run, None if request.mode == "apply" else work.reports)
+    if args.json:
+        show.as_json(document)
+    else:
+        show.show_run(document)
+    if work.failure is not None:
+        raise work.failure
+    if request.mode == "verify":
+        return _say_drift(document, quiet=args.json)
+    return 0
+
+
+def _say_drift(document: Document, *, quiet: bool) -> int:
+    drift = sum(document[name] for name in ("inserted", "updated", "deleted"))
+    if not quiet and document.get("error") is None:
+        show.write(
+            f"{drift:,} rows differ: PostgreSQL is behind Redis"
+            if drift
+            else "Redis and PostgreSQL agree"
+        )
+    return _DRIFT if drift else 0
+
+
+@contextmanager
+def _stopping(work: Sync) -> Iterator[None]:
+    """SIGINT and SIGTERM end the run at its next batch; a second one ends the process at once."""
+    loop = asyncio.get_running_loop()
+    asked: list[str] = []
+
+    def stop(name: str) -> None:
+        if asked:
+            # The servers see the connections close, and undo what isn't committed.
+            os._exit(_STOPPED)
+        asked.append(name)
+        print("balancesync: stopping at the next batch; again to stop at once", file=sys.stderr)
+        work.stop(f"stopped by {name}")
+
+    signals = (signal.SIGINT, signal.SIGTERM)
+    for each in signals:
+        loop.add_signal_handler(each, stop, each.name)
+    try:
+        yield
+    finally:
+        for each in signals:
+            loop.remove_signal_handler(each)
+
+
+async def rejects(config: Config, args: Namespace) -> int:
+    """What couldn't be stored."""
+    async with _records(config) as (records, connection):
+        found = await records.rejects(
+            connection,
+            limit=args.limit,
+            mapping=args.mapping,
+            reason=args.reason,
+            healed=args.all,
+        )
+    documents = [reject_document(reject) for reject in found]
+    if args.json:
+        show.as_json(documents)
+    else:
+        show.show_rejects(documents, args.limit)
+    return 0
+
+
+async def runs(config: Config, args: Namespace) -> int:
+    """What ran."""
+    async with _records(config) as (records, connection):
+        found = await records.runs(connection, limit=args.limit, one=args.id)
+    documents = [run_document(run) for run in found]
+    if args.id is not None and not documents:
+        raise BalanceSyncError(f"there is no run {args.id}; `balancesync runs` lists them")
+    if args.json:
+        show.as_json(documents if args.id is None else documents[0])
+    elif args.id is None:
+        show.show_runs(documents)
+    else:
+        show.show_one_run(documents[0])
+    return 0
+
+
+async def init(config: Config, args: Namespace) -> int:
+    """Create or upgrade the schema."""
+    database = Database(config.postgres)
+    steps = Steps(database)
+    connection = await database.connect()
+    try:
+        with database.translated():
+            taken = await steps.upgrade(connection)
+    finally:
+        connection.terminate()
+    schema = config.postgres.schema
+    done: Literal["created", "upgraded", "unchanged"] = "unchanged"
+    if taken:
+        done = "created" if taken == steps.newest else "upgraded"
+    if args.json:
+        show.as_json({"schema": schema, "result": done, "steps": taken, "step": steps.newest})
+    elif taken:
+        show.write(f"schema {schema} {done}: {taken} of {steps.newest} steps taken")
+    else:
+        show.write(f"schema {schema} is up to date, at step {steps.newest}")
+    return 0
+
+
+COMMANDS: Final[dict[str, Command]] = {
+    "sync": sync,
+    "verify": verify,
+    "rejects": rejects,
+    "runs": runs,
+    "init": init,
+}

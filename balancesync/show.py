@@ -1,0 +1,250 @@
+"""What people get: the same documents that programs get, as tables and lines on stdout.
+
+Whatever comes from Redis is escaped, so that it can't move the cursor or forge a line. A pipe gets
+lines as wide as they are, a terminal's are folded, and colour follows NO_COLOR.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from typing import Any, Final
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from balancesync.documents import Document
+from balancesync.values import show as quoted
+
+_COUNTS: Final = {
+    "scanned": True,
+    "ignored": False,
+    "vanished": False,
+    "rejected": True,
+    "snapped": False,
+    "inserted": True,
+    "updated": True,
+    "unchanged": True,
+    "not_found": False,
+    "absent": False,
+    "deleted": False,
+    "kept": False,
+}
+_STYLES: Final = {
+    "succeeded": "green",
+    "healthy": "green",
+    "ok": "green",
+    "running": "cyan",
+    "skipped": "yellow",
+    "degraded": "yellow",
+    "warning": "yellow",
+    "cancelled": "yellow",
+    "postponed": "yellow",
+    "interrupted": "yellow",
+    "failed": "red",
+    "refused": "bold red",
+    "unhealthy": "bold red",
+    "error": "red",
+}
+_PIPE_WIDTH: Final = 10_000
+_ROWS_SHOWN: Final = 10
+
+
+class _Stdout(Console):
+    """Writes to stdout, and is quiet once its reader has gone, as in `balancesync runs | head`."""
+
+    def __init__(self) -> None:
+        width = None if sys.stdout.isatty() else _PIPE_WIDTH
+        super().__init__(markup=False, highlight=False, emoji=False, width=width, soft_wrap=True)
+
+    def on_broken_pipe(self) -> None:
+        # https://docs.python.org/3/library/signal.html#note-on-sigpipe, but the exit code stays
+        # what the command has earned.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def write(*lines: str | Text | Table) -> None:
+    """Write to stdout, one line or table after the other."""
+    console = _Stdout()
+    for line in lines:
+        console.print(line)
+
+
+def as_json(document: Document | Sequence[Document]) -> None:
+    """Write a document to stdout; a list is one document, too."""
+    write(json.dumps(document, indent=2))
+
+
+def table(*columns: str, right: Iterable[str] = ()) -> Table:
+    """An empty table whose columns called `right` are numbers."""
+    made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    numbers = set(right)
+    for column in columns:
+        made.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
+    return made
+
+
+def status_text(status: str) -> Text:
+    """A status in its colour."""
+    return Text(status, _STYLES.get(status, ""))
+
+
+def ago(seconds: float) -> str:
+    """A duration, as people say it.
+
+    >>> ago(0.0421), ago(75), ago(7_300), ago(200_000)
+    ('42 ms', '1 min 15 s', '2 h 1 min', '2 d 7 h')
+    """
+    if seconds < 1:
+        return f"{seconds * 1000:.0f} ms"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    whole = int(seconds)
+    for unit, name, part, part_name in ((86_400, "d", 3_600, "h"), (3_600, "h", 60, "min")):
+        if whole >= unit:
+            return f"{whole // unit} {name} {whole % unit // part} {part_name}"
+    return f"{whole // 60} min {whole % 60} s"
+
+
+def moment(text: str | None) -> str:
+    """A document's time, to the second and in UTC."""
+    if text is None:
+        return "-"
+    return datetime.fromisoformat(text).strftime("%Y-%m-%d %H:%M:%S")
+
+
+# --- runs -----------------------------------------------------------------------------------------
+
+
+def show_run(run: Document) -> None:
+    """One run: how it ended, its counts by mapping, what differs, its warnings."""
+    name = {"dry_run": "dry run", "verify": "verify"}.get(run["mode"], run["job"])
+    head = Text.assemble(f"{name} ", status_text(run["status"]))
+    if run["duration_s"] is not None:
+        head.append(f" in {ago(run['duration_s'])}")
+    if run["attempts"] > 1:
+        head.append(f", at attempt {run['attempts']}")
+    write(head)
+    if run["mappings"]:
+        write(_counts_table(run))
+    for report in run.get("report", ()):
+        _show_report(report, run["mappings"][report["mapping"]], run["mode"])
+    for warning in run["warnings"]:
+        write(Text(f"warning: {warning}", "yellow"))
+
+
+def _counts_table(run: Document) -> Table:
+    mappings = run["mappings"]
+    names = [name for name, always in _COUNTS.items() if always or run[name]]
+    made = table("mapping", *names, right=names)
+    for mapping, counts in mappings.items():
+        made.add_row(mapping, *(f"{counts[name]:,}" for name in names))
+    if len(mappings) > 1:
+        made.add_row("all", *(f"{run[name]:,}" for name in names))
+    return made
+
+
+def _show_report(report: Document, counts: Document, mode: str) -> None:
+    rows = report["rows"]
+    if not rows:
+        return
+    title = "would change" if mode == "dry_run" else "differs"
+    columns = [*rows[0]["key"], *(rows[0]["new"] or rows[0]["old"])]
+    values = columns[len(rows[0]["key"]) :]
+    made = table(title, *columns)
+    for row in rows:
+        cells = [_cell(text) for text in row["key"].values()]
+        made.add_row(row["op"], *cells, *(_move(row, name) for name in values))
+    write("", made)
+    done = {"insert": "inserted", "update": "updated", "delete": "deleted"}
+    for op, name in done.items():
+        more = counts[name] - sum(row["op"] == op for row in rows)
+        if more > 0:
+            write(f"... and {more:,} more to {op}")
+    for column, total in report["totals"].items():
+        sign = "" if total.startswith("-") else "+"
+        write(f"the total of {column} would change by {sign}{total}")
+
+
+def _move(row: Document, column: str) -> Text:
+    old, new = (None if row[side] is None else row[side][column] for side in ("old", "new"))
+    if row["op"] == "insert":
+        return _cell(new)
+    if row["op"] == "delete":
+        return Text.assemble(_cell(old), " → gone")
+    if old == new:
+        return _cell(new)
+    return Text.assemble(_cell(old), " → ", _cell(new))
+
+
+def _cell(text: str | None) -> Text:
+    if text is None:
+        return Text("NULL", "dim")
+    return Text(text if text.isprintable() else quoted(text.encode(errors="backslashreplace")))
+
+
+def show_runs(runs: Sequence[Document]) -> None:
+    """A list of runs, one a line."""
+    if not runs:
+        write("nothing has run yet")
+        return
+    names = ("scanned", "rejected", "inserted", "updated", "deleted")
+    made = table(
+        *("started (UTC)", "id", "job", "trigger", "mode", "status", "took"),
+        *names,
+        right=("took", *names),
+    )
+    for run in runs:
+        took = run["duration_s"]
+        made.add_row(
+            *(moment(run["started_at"]), run["id"], run["job"], run["trigger"], run["mode"]),
+            status_text(run["status"]),
+            "-" if took is None else ago(took),
+            *(f"{run[name]:,}" for name in names),
+        )
+    write(made)
+
+
+def show_one_run(run: Document) -> None:
+    """A recorded run with all of it."""
+    made = table("run", run["id"])
+    facts: dict[str, Any] = {
+        "job": run["job"] + (f" of {run['mapping']}" if run["mapping"] else ""),
+        "trigger": run["trigger"],
+        "started": f"{moment(run['started_at'])} UTC",
+        "finished": f"{moment(run['finished_at'])} UTC" if run["finished_at"] else "-",
+    }
+    for name, value in facts.items():
+        made.add_row(name, value)
+    write(made)
+    show_run(run)
+    if run["error"]:
+        write(Text(f"error: {run['error']}", "red"))
+
+
+def show_rejects(rejects: Sequence[Document], limit: int) -> None:
+    """Kept rejects, one a line."""
+    if not rejects:
+        write("no rejects")
+        return
+    healed = any(reject["healed_at"] for reject in rejects)
+    made = table(
+        *("mapping", "key", "value", "reason", "detail", "since (UTC)"),
+        *(["healed (UTC)"] if healed else []),
+    )
+    for reject in rejects:
+        value = reject["value"]
+        made.add_row(
+            reject["mapping"],
+            quoted(bytes.fromhex(reject["key_hex"]), 60),
+            "-" if value is None else quoted(value.encode()),
+            reject["reason"],
+            Text(reject["detail"]),
+            moment(reject["first_seen"]),
+            *([moment(reject["healed_at"])] if healed else []),
+        )
+    write(made)
+    if len(rejects) == limit:
+        write(f"at most {limit:,} are shown; --limit shows more")
