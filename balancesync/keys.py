@@ -15,8 +15,8 @@ from balancesync.values import (
     TEXTS,
     UUID,
     Fit,
+    NumberRule,
     Unfit,
-    fit_number,
     fit_text,
     fit_time,
     show,
@@ -27,6 +27,7 @@ KEY_BYTES: Final = 1_000
 # An entry of a B-tree ends at 2,704 bytes, the overhead of its columns included; a longer one would
 # fail the whole statement that meets it.
 _ENTRY_BYTES: Final = 2_400
+_NEVER: Final = b"(?!)"
 
 # Where a column may begin, in how many ways (2: or more) it is reached, where the others before
 # it ended.
@@ -55,6 +56,8 @@ class KeyColumn:
         }
         shape = shapes.get(column.name, rb"-?[0-9]*")
         self.shape = None if self.is_text else re.compile(shape)
+        is_number = column.name in INTEGERS or column.name == "numeric"
+        self._number = NumberRule(column) if is_number else None
 
     def parse(self, raw: bytes) -> bytes | Unfit:
         """Give COPY's field for a text that is what balancesync itself would print."""
@@ -68,17 +71,17 @@ class KeyColumn:
     def _fit(self, raw: bytes) -> Fit | Unfit:
         if self.is_text:
             return fit_text(raw, self.type.length)
-        if self.type.name == "timestamptz":
+        if self._number is not None:
+            form = _KEY_NUMERIC if self.type.name == "numeric" else _KEY_INTEGER
+            canonical = bool(form.fullmatch(raw))
+            fit = self._number.fit(raw) if canonical else Fit(raw)
+        elif self.type.name == "timestamptz":
             fit = fit_time(raw)
             canonical = isinstance(fit, Fit) and fit.copy == raw
         elif self.type.name == "uuid":
             fit, canonical = Fit(raw), bool(UUID.fullmatch(raw))
-        elif self.type.name == "boolean":
-            fit, canonical = Fit(raw), raw in (b"true", b"false")
         else:
-            form = _KEY_NUMERIC if self.type.name == "numeric" else _KEY_INTEGER
-            canonical = bool(form.fullmatch(raw))
-            fit = fit_number(raw, self.type) if canonical else Fit(raw)
+            fit, canonical = Fit(raw), raw in (b"true", b"false")
         if canonical:
             return fit
         return Unfit("key_syntax", f"{show(raw)} isn't how {self.type.sql} is printed in a key")
@@ -126,6 +129,8 @@ class KeyForm:
         self.separators: tuple[bytes, ...] = tuple(between)
         self.suffix: bytes = last
         self.is_bare = not (first or between or last)
+        self._plain = re.compile(self.pattern(b"(")).fullmatch
+        self._has_text = any(column.is_text for column in self.columns)
 
     @property
     def glob(self) -> bytes | None:
@@ -163,6 +168,8 @@ class KeyForm:
 
     def read(self, key: bytes) -> list[bytes] | Unfit:
         """Give COPY's fields of the key columns, or why there are none."""
+        if (match := self._plain(key)) and (not self._has_text or key.isascii()):
+            return list(match.groups())
         texts = self.split(key)
         if isinstance(texts, Unfit):
             return texts
@@ -176,6 +183,27 @@ class KeyForm:
             return Unfit("key_too_long", f"{show(key)}: its columns are over {_ENTRY_BYTES:,}")
         return fields
 
+    def own(self, keys: list[bytes]) -> list[bytes]:
+        """Leave out keys of others: of a form without literal text, only a valid key is its own.
+
+        A text is valid whatever its length; one that is too long will be a reject.
+        """
+        if not self.is_bare:
+            return keys
+        plain, is_own = self._plain, self._is_own
+        if self._has_text:
+            return [key for key in keys if is_own(key)]
+        return [key for key in keys if plain(key) or is_own(key)]
+
+    def _is_own(self, key: bytes) -> bool:
+        [column] = self.columns
+        if column.shape is not None and not column.shape.fullmatch(key):
+            return False
+        fields = self.read(key)
+        if isinstance(fields, Unfit) and fields.reason == "key_too_long" and column.is_text:
+            return isinstance(fit_text(key, column.type.length), Fit)
+        return not isinstance(fields, Unfit)
+
     def print(self, texts: Sequence[str]) -> bytes:
         """Make the key of these texts of the columns."""
         key = self.prefix
@@ -183,18 +211,28 @@ class KeyForm:
             key += text.encode() + literal
         return key
 
-    def patterns(self) -> list[bytes] | None:
-        """One pattern for each column, by which a key of this form splits in one way only.
+    def pattern(self, group: bytes) -> bytes:
+        """Match keys that surely fit, and split them in the one way; `group` is `(` or `(?:`."""
+        text = re.escape(self.prefix)
+        literals = (*self.separators, self.suffix)
+        for part, literal in zip(self._patterns(), literals, strict=True):
+            text += b"%b%b)%b" % (group, part, re.escape(literal))
+        return text
 
-        No text that they match holds a byte of the separators. (Where there is only one separator,
-        its first byte is enough.) None if the columns' types can't do without these bytes.
-        """
+    def _patterns(self) -> list[bytes]:
+        # No text that these match holds a byte of the separators, so where one begins is certain.
+        # (Where there is only one separator, its first byte is enough.)
         avoid = b"".join(self.separators)
         if len(self.separators) == 1:
             avoid = avoid[:1]
         limit = min(KEY_BYTES, _ENTRY_BYTES // len(self.columns))
         found = [column.pattern(avoid, limit) for column in self.columns]
-        return None if None in found else [pattern for pattern in found if pattern is not None]
+        literals = b"".join((self.prefix, *self.separators, self.suffix))
+        # A literal that COPY would have to escape, like a type that needs a separator's bytes,
+        # leaves no key that the pattern could take.
+        if set(b"\t\n\\") & set(literals):
+            return [_NEVER] * len(found)
+        return [_NEVER if pattern is None else pattern for pattern in found]
 
 
 def _occurrences(body: bytes, separator: bytes) -> Iterator[int]:

@@ -5,11 +5,10 @@ from collections.abc import Sequence
 from typing import Final
 
 from balancesync.keys import KeyForm
-from balancesync.values import NULL, ValueColumn
+from balancesync.values import NULL, ValueColumn, raised
 
 # The pattern is asked again after so many lines: the marks that it keeps of each take memory.
 _AT_ONCE: Final = 2_000
-_NEVER: Final = b"(?!)"
 
 
 class Lines:
@@ -27,31 +26,30 @@ class Lines:
         self._has_text = any(column.is_text for column in form.columns) or any(
             column.is_text for column in columns
         )
-        parts = form.patterns()
-        literals = (form.prefix, *form.separators, form.suffix)
-        if parts is None or any(set(b"\t\n\\") & set(literal) for literal in literals):
-            parts = [_NEVER] * len(form.columns)
-        self._kept = [*range(len(parts) + len(columns))]
-        self._tails = list[int]()
-        for at, column in enumerate(columns, start=len(parts)):
-            if column.tail is not None:
-                self._tails.append(at + len(self._tails) + 1)
-                self._kept[at + 1 :] = [group + 1 for group in self._kept[at + 1 :]]
+        # Which groups of a line's pattern are fields, and which are the tails of which field.
+        self._fields = [*range(len(form.columns))]
+        self._tails = dict[int, int]()
+        for column in columns:
+            group = self._fields[-1] + 1 + 2 * (self._fields[-1] in self._tails)
+            self._fields.append(group)
+            if column.tails is not None:
+                self._tails[group] = len(self._fields) - 1
 
         def line(group: bytes) -> bytes:
-            text = re.escape(form.prefix)
-            for part, literal in zip(parts, literals[1:], strict=True):
-                text += b"%b%b)%b" % (group, part, re.escape(literal))
+            text = form.pattern(group)
             for column in columns:
                 null = b"|" + re.escape(NULL) if column.name in nullable else b""
-                tail = b"%b%b)?" % (group, column.tail) if column.tail else b""
-                text += b"\t%b%b%b)%b" % (group, column.head, null, tail)
+                text += b"\t%b%b%b)" % (group, column.head, null)
+                if column.tails:
+                    low, high = column.tails
+                    text += b"(?:%b%b)|%b%b))?" % (group, low, group, high)
             return text + b"\n"
 
         # Groups cost time, and to tell how far the lines fit needs none.
         self._run = re.compile(b"(?:%b){0,%d}" % (line(b"(?:"), _AT_ONCE))
         self._line = re.compile(line(b"("))
-        self._prefix = None if self._tails or any(literals[1:]) else form.prefix
+        is_prefix = not (self._tails or form.separators or form.suffix)
+        self._prefix = form.prefix if is_prefix else None
 
     def is_clean(self, text: bytes, lines: Sequence[bytes], nulls: int) -> bool:
         """Tell whether no key and no value brought a tab, newline or `\\N` of its own.
@@ -70,8 +68,8 @@ class Lines:
         match = self._run.match(text, at)
         return match.end() if match else at
 
-    def strip(self, lines: bytes, count: int) -> tuple[bytes, int]:
-        """Make rows of `count` lines that fit, and say how many of them had a tail cut off."""
+    def strip(self, lines: bytes) -> tuple[bytes, int]:
+        """Make rows of lines that fit, and say how many of them had a tail taken off."""
         if self._prefix is not None:
             if not self._prefix:
                 return lines, 0
@@ -79,11 +77,17 @@ class Lines:
         found: list[tuple[bytes, ...]] = self._line.findall(lines)
         if not self._tails:
             return b"\n".join([*map(b"\t".join, found), b""]), 0
-        columns = list(zip(*found, strict=True))
-        rows = zip(*[columns[group] for group in self._kept], strict=True)
-        tails = [columns[group] for group in self._tails]
-        exact = count - sum(map(any, zip(*tails, strict=True)))
-        return b"\n".join([*map(b"\t".join, rows), b""]), count - exact
+        groups = list(zip(*found, strict=True))
+        fields: list[Sequence[bytes]] = [groups[group] for group in self._fields]
+        tails = list[tuple[bytes, ...]]()
+        for group, field in self._tails.items():
+            low, high = groups[group + 1 : group + 3]
+            tails += (low, high)
+            if any(high):
+                pairs = zip(fields[field], high, strict=True)
+                fields[field] = [raised(head) if nines else head for head, nines in pairs]
+        snapped = sum(map(any, zip(*tails, strict=True)))
+        return b"\n".join([*map(b"\t".join, zip(*fields, strict=True)), b""]), snapped
 
 
 def _is_utf8(text: bytes) -> bool:

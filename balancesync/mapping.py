@@ -85,16 +85,7 @@ class Mapping:
             keys = [key for key in keys if self._matched(key)]
         if self.config.ignore:
             keys = [key for key in keys if not self._ignored(key)]
-        if self._form.is_bare:
-            keys = [key for key in keys if self._is_own(key)]
-        return keys
-
-    def _is_own(self, key: bytes) -> bool:
-        # Among keys of all kinds, one that isn't valid is somebody else's; a long text is valid.
-        fields = self._form.read(key)
-        return not isinstance(fields, Unfit) or (
-            fields.reason == "key_too_long" and self._form.columns[0].is_text
-        )
+        return self._form.own(keys)
 
     def split_key(self, key: bytes) -> tuple[str, ...] | Unfit:
         """Give the canonical texts of a key's columns, or why it is no key of this mapping."""
@@ -121,7 +112,7 @@ class Mapping:
             end = self._lines.end(text, at)
             if end > at:
                 count = text.count(b"\n", at, end)
-                result.add(*self._lines.strip(text[at:end], count), count)
+                result.add(*self._lines.strip(text[at:end]), count)
                 at, row = end, row + count
             else:
                 self._parse_row(batch.keys[row], batch.values[row], values[row], result)
@@ -252,7 +243,9 @@ class _Result:
         self._count += count
 
     def reject(self, key: bytes, value: bytes | None, why: Unfit, row: bytes | None = None) -> None:
-        detail = "".join(char if char.isprintable() else "?" for char in why.detail)
+        detail = why.detail
+        if not detail.isprintable():
+            detail = "".join(char if char.isprintable() else "?" for char in detail)
         if len(detail) > _DETAIL:
             detail = f"{detail[: _DETAIL - 3]}..."
         self._rejects.append(Reject(key, value, why.reason, detail, row))

@@ -48,9 +48,10 @@ def show(raw: bytes, limit: int = 40) -> str:
     '"5\\\\n6"'
     """
     text = raw[: 4 * limit].decode(errors="backslashreplace")
-    text = "".join(
-        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
-    )
+    if not text.isprintable():
+        text = "".join(
+            char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
+        )
     return f'"{text}"' if len(text) <= limit else f'"{text[:limit]}..." ({len(raw):,} bytes)'
 
 
@@ -62,6 +63,7 @@ _FAR: Final = 10_000_000
 # Holds every digit of a value and of the column at once, so a difference is never rounded.
 _WIDE: Final = Context(prec=70_000, Emax=MAX_EMAX, Emin=MIN_EMIN, traps=[InvalidOperation])
 # What adding in binary leaves behind: a long double's 17 printed decimals, or a double's 15 digits.
+# A tail is short beside 1, or beside the value, and always short beside the column's step.
 _TAIL: Final = Decimal("1e-9")
 _TAIL_SHARE: Final = Decimal("1e-15")
 _TAIL_OF_STEP: Final = Decimal("1e-3")
@@ -72,28 +74,22 @@ _ZEROS: Final = 1_000
 class Number(NamedTuple):
     """`digits` times ten to the `exponent`; digits have no zero at either end, 0 is ("0", 0)."""
 
-    negative: bool
+    sign: bytes
     digits: bytes
     exponent: int
 
     @property
-    def whole(self) -> int:
-        """How many digits stand before the decimal point; 0 or less below 1."""
-        return len(self.digits) + self.exponent
-
-    @property
     def shortest(self) -> bytes:
         """The shortest exact form, without an exponent unless it would be mostly zeros."""
-        digits, exponent = self.digits, self.exponent
-        if max(exponent, -self.whole) > _ZEROS:
-            text = b"%be%d" % (digits, exponent)
-        elif exponent >= 0:
-            text = digits + b"0" * exponent
-        elif self.whole > 0:
-            text = digits[:exponent] + b"." + digits[exponent:]
-        else:
-            text = b"0." + b"0" * -self.whole + digits
-        return b"-" + text if self.negative else text
+        sign, digits, exponent = self
+        whole = len(digits) + exponent
+        if max(exponent, -whole) > _ZEROS:
+            return b"%b%be%d" % self
+        if exponent >= 0:
+            return sign + digits + b"0" * exponent
+        if whole > 0:
+            return b"%b%b.%b" % (sign, digits[:whole], digits[whole:])
+        return b"%b0.%b%b" % (sign, b"0" * -whole, digits)
 
 
 def read_number(raw: bytes) -> Number | None:
@@ -102,59 +98,65 @@ def read_number(raw: bytes) -> Number | None:
     if match is None:
         return None
     sign, whole, part, power_sign, power = match.groups(b"")
-    exponent = 0
-    if power:
-        exponent = int(power) if len(power) < 8 else _FAR
-        exponent = -exponent if power_sign == b"-" else exponent
     mantissa = whole + part
     digits = mantissa.rstrip(b"0")
-    exponent += len(mantissa) - len(digits) - len(part)
+    exponent = len(whole) - len(digits)
+    if power:
+        far = int(power) if len(power) < 8 else _FAR
+        exponent += -far if power_sign == b"-" else far
     digits = digits.lstrip(b"0")
-    return Number(sign == b"-", digits, exponent) if digits else Number(False, b"0", 0)
+    return Number(sign, digits, exponent) if digits else Number(b"", b"0", 0)
 
 
-def fit_number(raw: bytes, column: ColumnType, tolerance: Decimal = Decimal(0)) -> Fit | Unfit:
-    """Judge a number by its value: exact, within `tolerance` of a value that is, or unfit."""
-    number = read_number(raw)
-    if number is None:
-        return Unfit("not_a_number", f"{show(raw)} is no number")
-    if _overflows(number, column):
-        return Unfit("out_of_range", f"{show(raw)} is too large for {column.sql}")
-    scale = 0 if column.name in INTEGERS else column.scale
-    if -number.exponent <= (_NUMERIC_DECIMALS if scale is None else scale):
-        return Fit(number.shortest)
-    if scale is None:
-        return Unfit("too_many_decimals", f"{show(raw)} has more decimals than numeric can hold")
-    return _fit_inexact(raw, number, column, tolerance)
+class NumberRule:
+    """What numbers a column takes: exact ones, and those within `tolerance` of one that is."""
 
+    def __init__(self, column: ColumnType, tolerance: Decimal = Decimal(0)) -> None:
+        self._sql = column.sql
+        self._bound = INTEGERS.get(column.name)
+        self._step = column.step
+        self._tolerance = tolerance
+        if self._bound is not None:
+            self._whole, self._scale = 19, 0
+        elif column.precision is None:
+            self._whole, self._scale = _NUMERIC_WHOLE, _NUMERIC_DECIMALS
+        else:
+            self._scale = column.scale or 0
+            self._whole = column.precision - self._scale
+        self._decimals = f"at most {self._scale} decimals" if self._scale else "whole numbers"
+        self._tail = _WIDE.multiply(self._step or Decimal(0), _TAIL_OF_STEP)
 
-def _overflows(number: Number, column: ColumnType) -> bool:
-    limit = INTEGERS.get(column.name)
-    if limit is None:
-        whole = _NUMERIC_WHOLE if column.precision is None else column.precision
-        return number.digits != b"0" and number.whole > whole - (column.scale or 0)
-    if number.whole > 19:
-        return True
-    # What stands behind the point can't lead out of the range of whole numbers.
-    value = int((number.digits + b"0" * max(number.exponent, 0))[: max(number.whole, 0)] or b"0")
-    return (-value < -limit) if number.negative else value >= limit
+    def fit(self, raw: bytes) -> Fit | Unfit:
+        """Judge a number by its value."""
+        number = read_number(raw)
+        if number is None:
+            return Unfit("not_a_number", f"{show(raw)} is no number")
+        sign, digits, exponent = number
+        whole = len(digits) + exponent
+        if (whole > self._whole and digits != b"0") or (
+            self._bound is not None and self._overflows(number)
+        ):
+            return Unfit("out_of_range", f"{show(raw)} is too large for {self._sql}")
+        if -exponent <= self._scale:
+            return Fit(number.shortest)
+        if self._step is not None:
+            value = Decimal(f"{digits.decode()}e{exponent}")
+            nearest = value.quantize(self._step, context=_WIDE)
+            gap = _WIDE.subtract(value, nearest).copy_abs()
+            if gap <= self._tolerance:
+                held = self.fit(sign + f"{nearest:f}".encode())
+                return Fit(held.copy, snapped=True) if isinstance(held, Fit) else held
+            if gap <= self._tail and (gap <= _TAIL or gap <= _WIDE.multiply(value, _TAIL_SHARE)):
+                tip = "by the tail of a float; the option tolerance can accept it"
+                return Unfit("residue", f"{show(raw)} misses {self._sql} {tip}")
+        return Unfit("too_many_decimals", f"{show(raw)} doesn't fit {self._sql}: {self._decimals}")
 
-
-def _fit_inexact(raw: bytes, number: Number, column: ColumnType, tolerance: Decimal) -> Fit | Unfit:
-    step = column.step or Decimal(1)
-    value = Decimal(f"{number.digits.decode()}e{number.exponent}")
-    nearest = value.quantize(step, context=_WIDE)
-    gap = _WIDE.subtract(value, nearest).copy_abs()
-    if gap <= tolerance:
-        sign = "-" if number.negative else ""
-        held = fit_number(f"{sign}{nearest:f}".encode(), column)
-        return Fit(held.copy, snapped=True) if isinstance(held, Fit) else held
-    tail = max(_TAIL, _WIDE.multiply(value.copy_abs(), _TAIL_SHARE))
-    if gap <= min(tail, _WIDE.multiply(step, _TAIL_OF_STEP)):
-        tip = "by the tail of a float; the option tolerance can accept it"
-        return Unfit("residue", f"{show(raw)} misses {column.sql} {tip}")
-    decimals = f"at most {column.scale} decimals" if column.scale else "whole numbers"
-    return Unfit("too_many_decimals", f"{show(raw)} doesn't fit {column.sql}: {decimals}")
+    def _overflows(self, number: Number) -> bool:
+        # What stands behind the point can't lead out of the range of whole numbers.
+        sign, digits, exponent = number
+        held = digits[: max(len(digits) + exponent, 0)] + b"0" * exponent
+        value = int(held or b"0")
+        return value > (self._bound or 0) - (not sign)
 
 
 # --- the other types ------------------------------------------------------------------------------
@@ -232,6 +234,7 @@ _REFUSALS: Final[dict[str, Reason]] = {
     "uuid": "not_a_uuid",
     "timestamptz": "not_a_time",
 }
+_NEXT: Final = {b"%d" % digit: b"%d" % (digit + 1) for digit in range(9)}
 DIGITS: Final = {"smallint": 4, "integer": 9, "bigint": 18}
 
 
@@ -239,7 +242,8 @@ class ValueColumn:
     """A value column: its pattern for whole batches and its exact parser for one value.
 
     `head` matches texts that surely fit and that COPY gets as they are; a text that fits may miss
-    it. `tail`, if any, matches what may follow the head within the mapping's tolerance.
+    it. `tails`, if any, match what may follow the head within the mapping's tolerance: what little
+    the value is above it, or below the next one that `raised` makes of it.
     """
 
     def __init__(self, name: str, column: ColumnType, tolerance: Decimal) -> None:
@@ -248,14 +252,14 @@ class ValueColumn:
         self.is_text = column.name in TEXTS
         self.is_boolean = column.name == "boolean"
         self.refusal: Reason = _REFUSALS.get(column.name, "not_a_number")
-        self.tail: bytes | None = None
+        self.tails: tuple[bytes, bytes] | None = None
         self._plain: re.Pattern[bytes] | None = None
         if column.name in INTEGERS or column.name == "numeric":
             self.head = _number_head(column)
-            self.tail = _number_tail(column, tolerance) if tolerance and column.step else None
-            tail = b"(%b)?" % self.tail if self.tail else b""
-            self._plain = re.compile(b"(%b)%b" % (self.head, tail))
-            self._exact: Parse = partial(fit_number, column=column, tolerance=tolerance)
+            self.tails = _number_tails(column, tolerance) if tolerance and column.step else None
+            tails = b"(?:(%b)|(%b))?" % self.tails if self.tails else b""
+            self._plain = re.compile(b"(%b)%b" % (self.head, tails))
+            self._exact: Parse = NumberRule(column, tolerance).fit
         elif self.is_text:
             self.head = b"[%b]{0,%d}" % (TEXT_CLASS, min(column.length or _LONG, _LONG))
             self._exact = partial(fit_text, length=column.length)
@@ -271,8 +275,18 @@ class ValueColumn:
         if len(raw) > VALUE_BYTES:
             return Unfit("value_too_large", f"{len(raw):,} bytes, the limit is {VALUE_BYTES:,}")
         if self._plain and (match := self._plain.fullmatch(raw)):
-            return Fit(match[1], snapped=match.lastindex == 2)
+            tail = match.lastindex
+            return Fit(raised(match[1]) if tail == 3 else match[1], snapped=tail != 1)
         return self._exact(raw)
+
+
+def raised(head: bytes) -> bytes:
+    """Give the next number of as many decimals; the last of its digits is no 9.
+
+    >>> raised(b"-1.08")
+    b'-1.09'
+    """
+    return head[:-1] + _NEXT[head[-1:]]
 
 
 def _number_head(column: ColumnType) -> bytes:
@@ -286,9 +300,11 @@ def _number_head(column: ColumnType) -> bytes:
     return head + b"(?:\\.[0-9]{1,%d})?" % scale if scale else head
 
 
-def _number_tail(column: ColumnType, tolerance: Decimal) -> bytes:
-    # After so many zeros behind the last decimal, whatever follows is less than the tolerance.
+def _number_tails(column: ColumnType, tolerance: Decimal) -> tuple[bytes, bytes]:
+    # After so many zeros or nines behind the last decimal, the rest is less than the tolerance.
     scale = column.scale or 0
-    zeros = -tolerance.adjusted() - scale
-    point = b"(?<=\\.[0-9]{%d})" % scale if scale else b"\\."
-    return point + b"0{%d}[0-9]{0,40}[1-9]" % zeros
+    count = -tolerance.adjusted() - scale
+    low = b"(?<=\\.[0-9]{%d})" % scale if scale else b"\\."
+    high = b"(?<=\\.[0-9]{%d}[0-8])" % (scale - 1) if scale else b"(?<=[0-8])\\."
+    rest = b"{%d}[0-9]{0,40}" % count
+    return b"%b0%b[1-9]" % (low, rest), b"%b9%b" % (high, rest)
