@@ -65,6 +65,7 @@ class Applier:
         self._at = at
         self._between = between
         self._queue: deque[_Slice] = deque()
+        self._refused_updates = 0
 
     async def run(self, diff: Diff) -> None:
         """Apply inserts, updates and deletes; `between` is called before each slice, and may raise.
@@ -76,13 +77,14 @@ class Applier:
             self._cut("i", diff.inserted)
         self._cut("u", diff.updated)
         self._cut("d", diff.deleted)
-        await self._writer.plan_by_index(len(self._queue) > 1)
+        await self._writer.plan_by_index(many=len(self._queue) > 1)
         while self._queue:
             piece = self._queue.popleft()
             if piece.attempts:
                 await asyncio.sleep(random.uniform(0, _LOCK_PAUSE_S * 2**piece.attempts))  # noqa: S311  # jitter
             self._between(self.done.rows)
             await self._apply(piece)
+        self.done.not_found = diff.updated.rows - self.done.updated - self._refused_updates
 
     def _cut(self, op: Op, span: Span) -> None:
         if span.rows:
@@ -106,7 +108,14 @@ class Applier:
                 ) from error
             self._queue.append(piece)
         else:
-            self._count(piece, rows)
+            # An insert may come to fewer rows: somebody else had inserted the very same.
+            match piece.op:
+                case "i":
+                    self.done.inserted += rows
+                case "u":
+                    self.done.updated += rows
+                case "d":
+                    self.done.deleted += rows
 
     async def _write(self, piece: _Slice) -> int:
         writer = self._writer
@@ -119,18 +128,6 @@ class Applier:
         name = "update" if piece.op == "u" else "delete"
         return await writer.write(name, piece.after, piece.last, self._at)
 
-    def _count(self, piece: _Slice, rows: int) -> None:
-        missing = piece.last - piece.after - rows
-        match piece.op:
-            case "i":
-                # Fewer than the slice has: somebody else had inserted the very same.
-                self.done.inserted += rows
-            case "u":
-                self.done.updated += rows
-                self.done.not_found += missing
-            case "d":
-                self.done.deleted += rows
-
     async def _narrow(self, piece: _Slice, error: asyncpg.PostgresError) -> None:
         """Halve a slice that the table refuses, down to the row that it is about."""
         if piece.last - piece.after > 1:
@@ -139,6 +136,7 @@ class Applier:
             self._queue.appendleft(_Slice(piece.op, piece.after, middle))
             return
         self.done.rejected += 1
+        self._refused_updates += piece.op == "u"
         table = self._writer.mapping.config.table
         if self.done.rejected > _MAX_REFUSED_ROWS:
             raise RunFailed(

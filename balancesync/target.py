@@ -42,7 +42,7 @@ _KEPT_VALUE_BYTES: Final = 65_536
 
 @dataclass(slots=True)
 class Span:
-    """The rows of a diff with one op: after < n <= last."""
+    """The rows of a diff with one op: they lie within after < n <= last, others among them."""
 
     rows: int = 0
     after: int = 0
@@ -282,21 +282,22 @@ class Writer:
     async def _compare(self, found: Diff) -> None:
         if not found.target_rows:
             await self._execute(self._sql["diff_new"])
-        else:
-            sql = self._sql
-            if found.target_rows > _INDEX_RATIO * self._staged:
-                # One look into the key index for each staged row, in key order, whatever the
-                # planner believes of a table that was never analyzed.
-                for setting in ("enable_seqscan", "enable_hashjoin", "enable_mergejoin"):
-                    await self._execute(f"SET LOCAL {setting} = off")
-                sql = self._sql_by_index
-            await self._execute(sql["diff_join"])
             await self._summarize(found)
-            rejected = await self._count(sql["count_rejected_rows"]) if self._rejected else 0
-            found.absent = found.target_rows - (found.stored - found.inserted.rows) - rejected
-            if found.absent and self.mapping.config.on_absent == "delete":
-                await self._execute(sql["diff_gone"], max(found.inserted.last, found.updated.last))
+            return
+        sql = self._sql
+        if found.target_rows > _INDEX_RATIO * self._staged:
+            # One look into the key index for each staged row, in key order, whatever the
+            # planner believes of a table that was never analyzed.
+            for setting in ("enable_seqscan", "enable_hashjoin", "enable_mergejoin"):
+                await self._execute(f"SET LOCAL {setting} = off")
+            sql = self._sql_by_index
+        await self._execute(sql["diff_join"])
         await self._summarize(found)
+        rejected = await self._count(sql["count_rejected_rows"]) if self._rejected_rows else 0
+        found.absent = found.target_rows - (found.stored - found.inserted.rows) - rejected
+        if found.absent and self.mapping.config.on_absent == "delete":
+            await self._execute(sql["diff_gone"], max(found.inserted.last, found.updated.last))
+            await self._summarize(found)
 
     async def _summarize(self, found: Diff) -> None:
         spans = {row["op"]: row for row in await self._fetch(self._sql["summary"])}
@@ -342,7 +343,7 @@ class Writer:
         """How many rows one transaction may change."""
         return self._session.database.config.apply_batch
 
-    async def plan_by_index(self, many: bool) -> None:
+    async def plan_by_index(self, *, many: bool) -> None:
         """Make the session ready to apply: rows are reached, and so locked, in key order.
 
         A nested loop keeps the order of its outer side, the diff; a hash or merge join wouldn't.

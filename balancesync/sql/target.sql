@@ -40,9 +40,9 @@ SELECT count(*) FROM {staging} AS s WHERE s.rejected AND EXISTS (SELECT FROM {ta
 
 -- name: diff_join
 INSERT INTO {diff} (n, op, {keys}, {values}, {olds})
-SELECT row_number() OVER (ORDER BY op, {keys}), op, {keys}, {values}, {olds}
+SELECT row_number() OVER (ORDER BY {keys}), op, {keys}, {values}, {olds}
 FROM (
-    SELECT CASE WHEN {no_row} THEN 'i' ELSE 'u' END AS op, {s_keys}, {s_values}, {t_values_as_olds}
+    SELECT CASE WHEN {no_row} THEN 'i'::"char" ELSE 'u'::"char" END AS op, {s_keys}, {s_values}, {t_values_as_olds}
     FROM {staged} AS s LEFT JOIN {target} AS t ON {same_key}
     WHERE s.rejected IS NULL AND ({no_row} OR {differs})
 ) AS d;
