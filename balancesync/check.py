@@ -1,0 +1,363 @@
+"""`balancesync check`: everything that could go wrong later, looked for now, with the way out.
+
+Nothing is written: rights are asked of the catalogs, values are sampled and judged by the very
+rules that a sync judges them by.
+"""
+
+from collections import Counter
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any, Final, Literal, get_args
+
+from balancesync import table as tables
+from balancesync.config import Config, MappingConfig
+from balancesync.database import Connection, Database, Steps, load_sql, quote
+from balancesync.errors import (
+    BalanceSyncError,
+    PostgresUnavailable,
+    RedisUnavailable,
+    TargetMismatch,
+    Unavailable,
+)
+from balancesync.mapping import Mapping
+from balancesync.model import Batch, Reject
+from balancesync.nodes import Facts
+from balancesync.reading import Reading
+from balancesync.source import Sample, Source
+from balancesync.table import Table
+from balancesync.values import show
+
+Level = Literal["ok", "warning", "error", "unreachable"]
+
+LEVELS: Final = get_args(Level)
+SAMPLED_KEYS: Final = 1_000
+# Far more than INCRBYFLOAT leaves behind, and far less than a step of most balances.
+_TOLERANCE: Final = Decimal("0.000001")
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing looked at. `topic` is configuration, redis, postgres or a mapping's name."""
+
+    level: Level
+    topic: str
+    text: str
+
+
+async def check(config: Config, database: Database, source: Source) -> AsyncIterator[Finding]:
+    """Look at everything, one finding after the other; expected failures are findings, too."""
+    names = ", ".join(mapping.name for mapping in config.mapping)
+    yield Finding("ok", "configuration", f"valid, with the mappings {names}")
+    redis = True
+    async for finding in _check_redis(source):
+        redis = redis and finding.level not in ("error", "unreachable")
+        yield finding
+    found: dict[str, Table] = {}
+    try:
+        connection = await database.connect()
+    except BalanceSyncError as error:
+        yield _failure("postgres", error)
+    else:
+        try:
+            async for finding in _check_postgres(config, database, connection):
+                yield finding
+            async for finding in _check_tables(config, connection, found):
+                yield finding
+        except BalanceSyncError as error:
+            yield _failure("postgres", error)
+        finally:
+            connection.terminate()
+    if redis:
+        for mapping in config.mapping:
+            async for finding in _check_sample(mapping, found.get(mapping.name), source):
+                yield finding
+
+
+def _failure(topic: str, error: BalanceSyncError) -> Finding:
+    unreachable = isinstance(error, RedisUnavailable | PostgresUnavailable | Unavailable)
+    return Finding("unreachable" if unreachable else "error", topic, str(error))
+
+
+# --- Redis ----------------------------------------------------------------------------------------
+
+
+async def _check_redis(source: Source) -> AsyncIterator[Finding]:
+    try:
+        identity = await source.identity()
+        facts = await source.facts()
+    except BalanceSyncError as error:
+        yield _failure("redis", error)
+        return
+    keys = f"{identity.dbsize:,} keys"
+    servers = f"{len(facts)} primaries" if len(facts) > 1 else "one primary"
+    yield Finding("ok", "redis", f"{identity.server} {identity.version}, {servers}, {keys}")
+    for fact in facts:
+        for finding in (*_judge_memory(fact), *_judge_persistence(fact)):
+            yield finding
+
+
+def _judge_memory(fact: Facts) -> list[Finding]:
+    where = f"Redis at {fact.address}"
+    policy = f"maxmemory-policy is {fact.maxmemory_policy}"
+    found = []
+    if fact.evicted_keys:
+        found.append(
+            Finding(
+                "warning",
+                "redis",
+                f"{where} has evicted {fact.evicted_keys:,} keys since its start: balances may have"
+                " been among them; give it more memory and CONFIG SET maxmemory-policy noeviction",
+            )
+        )
+    if fact.maxmemory_policy == "noeviction" or not fact.maxmemory_policy:
+        return [*found, Finding("ok", "redis", f"{where} never evicts: {policy}")]
+    if not fact.maxmemory:
+        text = f"{where} would evict keys, were maxmemory set: {policy}; noeviction is safer"
+        return [*found, Finding("ok", "redis", text)]
+    used = f"{fact.used_memory / fact.maxmemory:.0%} of maxmemory is used"
+    what = "balances" if fact.maxmemory_policy.startswith("allkeys") else "balances with a TTL"
+    text = (
+        f"{where} will evict {what} when its memory is full: {policy}, {used};"
+        " CONFIG SET maxmemory-policy noeviction"
+    )
+    return [*found, Finding("warning", "redis", text)]
+
+
+def _judge_persistence(fact: Facts) -> list[Finding]:
+    where = f"Redis at {fact.address}"
+    if fact.appendonly and not fact.last_append_ok:
+        text = f"{where} can't write its append-only file: look at its disk and log"
+        return [Finding("warning", "redis", text)]
+    if not fact.last_save_ok:
+        text = f"{where} couldn't save its last snapshot: look at its disk and log"
+        return [Finding("warning", "redis", text)]
+    if fact.appendonly:
+        return [Finding("ok", "redis", f"{where} keeps an append-only file")]
+    if fact.save is None:
+        text = f"{where} has no append-only file, and this user may not ask for its save points"
+        return [Finding("ok", "redis", text)]
+    lost = "what changed since the last sync is lost with it"
+    if fact.save:
+        text = (
+            f"{where} saves snapshots only (save {fact.save}): if it dies, the changes since the"
+            " last one are lost there; CONFIG SET appendonly yes keeps them"
+        )
+        return [Finding("ok", "redis", text)]
+    text = f"{where} keeps nothing on disk: {lost}; CONFIG SET appendonly yes"
+    return [Finding("warning", "redis", text)]
+
+
+# --- PostgreSQL -----------------------------------------------------------------------------------
+
+
+async def _check_postgres(
+    config: Config, database: Database, connection: Connection
+) -> AsyncIterator[Finding]:
+    with database.translated():
+        version = str(await connection.fetchval("SHOW server_version")).split()[0]
+        role = await _ask_role(connection, database.schema)
+        standby = await connection.fetchval("SELECT pg_is_in_recovery()")
+        read_only = await connection.fetchval("SHOW transaction_read_only") == "on"
+    name = role["role"]
+    yield Finding("ok", "postgres", f"version {version} at {database.address}, as role {name}")
+    if standby or read_only:
+        text = "is a standby" if standby else "is read-only (default_transaction_read_only)"
+        yield Finding(
+            "unreachable",
+            "postgres",
+            f"{text}: no sync can write; name the primary in postgres.dsn",
+        )
+        return
+    if not role["may_stage"]:
+        text = (
+            f"role {name} may make no temporary tables: GRANT TEMPORARY ON DATABASE ... TO {name}"
+        )
+        yield Finding("error", "postgres", text)
+    async for finding in _check_schema(config, database, connection):
+        yield finding
+    if not role["fsync"] or role["synchronous_commit"] == "off":
+        setting = "synchronous_commit" if role["fsync"] else "fsync"
+        text = f"{setting} is off: a crash of PostgreSQL can lose what a sync called written"
+        yield Finding("warning", "postgres", f"{text}; turn it on")
+
+
+async def _ask_role(connection: Connection, schema: str) -> dict[str, Any]:
+    """What the role may do, also in this schema (quoted)."""
+    rows = await connection.fetch(load_sql("overview")["role"], schema)
+    return dict(rows[0])
+
+
+async def _check_schema(
+    config: Config, database: Database, connection: Connection
+) -> AsyncIterator[Finding]:
+    sql, schema = load_sql("overview"), config.postgres.schema
+    with database.translated():
+        role = await _ask_role(connection, database.schema)
+        name = role["role"]
+        if not role["has_schema"]:
+            if role["may_create_schema"]:
+                text = f"schema {schema} isn't there yet: `balancesync init` or a sync creates it"
+                yield Finding("ok", "postgres", text)
+            else:
+                text = f"there is no schema {schema}, and role {name} may not create it"
+                way = f"as an administrator CREATE SCHEMA {database.schema} AUTHORIZATION {name}"
+                yield Finding("error", "postgres", f"{text}; {way}")
+            return
+        if not role["may_use_schema"]:
+            text = f"role {name} may not use schema {schema}"
+            way = f"GRANT USAGE ON SCHEMA {database.schema} TO {name}"
+            yield Finding("error", "postgres", f"{text}; {way}")
+            return
+        steps = Steps(database)
+        taken = await steps.current(connection)
+        if taken < steps.newest and not role["may_create_in_schema"]:
+            text = f"schema {schema} must be upgraded, and role {name} may not create tables in it"
+            yield Finding("error", "postgres", f"{text}; run `balancesync init` as its owner")
+            return
+        lacking = await connection.fetch(sql["own_tables"], database.schema)
+    try:
+        await steps.check(connection)
+    except BalanceSyncError as error:
+        # A sync upgrades by itself; only a newer schema stops it.
+        level: Level = "ok" if taken < steps.newest else "error"
+        yield Finding(level, "postgres", str(error))
+        return
+    if lacking:
+        names = ", ".join(row["name"] for row in lacking)
+        way = f"GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA {database.schema}"
+        text = f"role {name} may not read and write {names} in schema {schema}; {way} TO {name}"
+        yield Finding("error", "postgres", text)
+        return
+    yield Finding("ok", "postgres", f"schema {schema} is up to date")
+
+
+async def _check_tables(
+    config: Config, connection: Connection, found: dict[str, Table]
+) -> AsyncIterator[Finding]:
+    for mapping in config.mapping:
+        try:
+            table = await tables.inspect(connection, mapping)
+            if table.exists:
+                found[mapping.name] = table
+                text = f"the table {mapping.table} fits, and this role may write it"
+                yield Finding("ok", mapping.name, text)
+                for finding in await _judge_triggers(connection, mapping, table):
+                    yield finding
+            else:
+                yield await _judge_missing(connection, mapping)
+        except BalanceSyncError as error:
+            if isinstance(error, Unavailable):
+                raise
+            yield _failure(mapping.name, error)
+    try:
+        there = [(each, found[each.name]) for each in config.mapping if each.name in found]
+        tables.refuse_shared(there)
+    except TargetMismatch as error:
+        yield _failure("configuration", error)
+
+
+async def _judge_triggers(
+    connection: Connection, mapping: MappingConfig, table: Table
+) -> list[Finding]:
+    names = await tables.triggers(connection, table)
+    if not names:
+        return []
+    text = (
+        f"the table {mapping.table} has triggers ({', '.join(names)}): they fire for every row that"
+        " changes, and an error in one makes that row a reject"
+    )
+    return [Finding("warning", mapping.name, text)]
+
+
+async def _judge_missing(connection: Connection, mapping: MappingConfig) -> Finding:
+    schema, _ = mapping.table_name
+    role = await _ask_role(connection, quote(schema or "public"))
+    may = role["may_create_in_schema"] if schema else role["may_create_in_default"]
+    if schema and not role["has_schema"]:
+        may = role["may_create_schema"]
+    if may:
+        return Finding("ok", mapping.name, f"the first sync creates the table {mapping.table}")
+    where = schema or role["default_schema"] or "public"
+    return Finding(
+        "error",
+        mapping.name,
+        f"the table {mapping.table} isn't there, and role {role['role']} may not create it; GRANT"
+        f" CREATE ON SCHEMA {quote(where)} TO {quote(role['role'])}, or create the table",
+    )
+
+
+# --- what the keys hold ---------------------------------------------------------------------------
+
+
+def reading_of(mapping: Mapping) -> Reading:
+    """What to read of Redis for a mapping."""
+    return Reading(
+        type=mapping.config.type,
+        match=mapping.match,
+        fields=tuple(mapping.redis_fields),
+        member_key=mapping.member_key,
+        select=mapping.select,
+    )
+
+
+async def _check_sample(
+    config: MappingConfig, table: Table | None, source: Source
+) -> AsyncIterator[Finding]:
+    mapping = Mapping(config, table.nullable(config) if table else None)
+    try:
+        sample = await source.sample(reading_of(mapping), SAMPLED_KEYS)
+    except BalanceSyncError as error:
+        yield _failure(config.name, error)
+        return
+    batch = mapping.parse(sample.batch)
+    if not batch.count and not batch.rejects:
+        where = f"no field of {config.key}" if config.member else f"no key like {config.key}"
+        text = f"{where} was found: is it the right template, and the right database of Redis?"
+        yield Finding("warning", config.name, text)
+        return
+    yield Finding("ok", config.name, f"{batch.count:,} of {_seen(batch):,} sampled values fit")
+    for finding in (*_judge_rejects(config, batch), *_judge_ttls(config, sample)):
+        yield finding
+
+
+def _seen(batch: Batch) -> int:
+    return batch.count + len(batch.rejects)
+
+
+def _judge_rejects(config: MappingConfig, batch: Batch) -> list[Finding]:
+    first: dict[str, Reject] = {}
+    for reject in batch.rejects:
+        first.setdefault(reject.reason, reject)
+    counts = Counter[str](reject.reason for reject in batch.rejects)
+    found = []
+    for reason, count in counts.most_common():
+        example = f"{show(first[reason].key)}: {first[reason].detail}"
+        text = (
+            f"{count:,} of {_seen(batch):,} sampled values would be rejects ({reason}): {example}"
+        )
+        if reason == "residue":
+            text += (
+                f'. Set tolerance = "{_TOLERANCE}" in this mapping: such tails are left by'
+                " INCRBYFLOAT and mean the amount next to them"
+            )
+        found.append(Finding("warning", config.name, text))
+    return found
+
+
+def _tolerance(config: MappingConfig) -> Decimal:
+    """The tolerance to recommend: a millionth, or less where a column's steps are as small."""
+    steps = [step for name in config.value_columns if (step := config.types[name].step)]
+    return min([_TOLERANCE, *(step / 1_000 for step in steps if step <= 2 * _TOLERANCE)])
+
+
+def _judge_ttls(config: MappingConfig, sample: Sample) -> list[Finding]:
+    ttls = sorted(ttl for ttl in sample.ttls if ttl is not None)
+    if not ttls:
+        return [Finding("ok", config.name, "none of the sampled keys expires")]
+    text = (
+        f"{len(ttls):,} of {len(sample.ttls):,} sampled keys expire, the next in"
+        f" {ttls[0] / 1000:,.0f} s: a balance with a TTL is a balance about to be lost; let the"
+        " application PERSIST it, or write without EX, PX and EXPIRE"
+    )
+    return [Finding("warning", config.name, text)]
