@@ -29,19 +29,30 @@ if TYPE_CHECKING:
     from balancesync.config import Config
 
 USAGE: Final = 2
+_ALIASES: Final = {"health": ("health-check", "health_check")}
 _EXAMPLES: Final = {
     "sync": "balancesync sync --dry-run --mapping balances",
     "verify": "balancesync verify --json",
     "rejects": "balancesync rejects --reason too_many_decimals --limit 20",
     "runs": "balancesync runs --limit 5",
+    "status": "balancesync status --json",
+    "stats": "balancesync stats",
+    "health": "balancesync health || echo 'look at balancesync status'",
+    "check": "balancesync check --config config.toml",
     "init": "balancesync init",
+    "demo": "balancesync demo",
 }
 _HELP: Final = {
     "sync": "copy what has changed from Redis to PostgreSQL, now",
     "verify": "compare Redis with PostgreSQL; writes no balance",
     "rejects": "what couldn't be stored, and why",
     "runs": "what ran, the newest first",
+    "status": "the last run, the last success, what the guard refuses, both servers",
+    "stats": "totals, durations and rejects",
+    "health": "exit code 0 or 1, for a health check",
+    "check": "look for trouble before it comes: configuration, rights, tables, Redis",
     "init": "create or upgrade the schema of balancesync's own tables",
+    "demo": "sync real balances between private servers and explain each step",
 }
 
 
@@ -55,6 +66,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return USAGE
     try:
+        if args.command == "demo":
+            from balancesync import demo  # noqa: PLC0415
+
+            return demo.run(execute)
         from balancesync.config import load  # noqa: PLC0415
 
         return _execute(args, load(args.config), report_bugs=argv is None)
@@ -64,6 +79,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _say("interrupted")
         return 1
+
+
+def execute(argv: Sequence[str], config: "Config") -> int:
+    """Run one command with a configuration that is in no file; what `main` does otherwise."""
+    return _execute(_parser().parse_args(argv), config, report_bugs=False)
 
 
 def _execute(args: argparse.Namespace, config: "Config", *, report_bugs: bool) -> int:
@@ -135,6 +155,7 @@ def _parser() -> argparse.ArgumentParser:
             description=f"{_HELP[name][0].upper()}{_HELP[name][1:]}.",
             epilog=f"example:\n  {_EXAMPLES[name]}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
+            aliases=_ALIASES.get(name, ()),
             allow_abbrev=False,
         )
         command.set_defaults(command=name)
@@ -203,12 +224,24 @@ def _add_runs(command: argparse.ArgumentParser) -> None:
     _add_limit(command, 20)
 
 
+def _add_demo(command: argparse.ArgumentParser) -> None:
+    command.description = (
+        "Starts a private Redis and PostgreSQL, syncs the 8,893 real balances of Ethereum's genesis"
+        "\nblock between them, and explains each step. Ends by itself and leaves nothing behind."
+    )
+
+
 _OPTIONS: Final[dict[str, Callable[[argparse.ArgumentParser], None]]] = {
     "sync": _add_sync,
     "verify": _add_verify,
     "rejects": _add_rejects,
     "runs": _add_runs,
+    "status": _add_common,
+    "stats": _add_common,
+    "health": _add_common,
+    "check": _add_common,
     "init": _add_common,
+    "demo": _add_demo,
 }
 
 

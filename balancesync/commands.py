@@ -5,16 +5,18 @@ import os
 import signal
 import sys
 from argparse import Namespace
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, Final, Literal
 
-from balancesync import show, telemetry
+from balancesync import check as checks
+from balancesync import overview, show, telemetry
 from balancesync.config import Config
 from balancesync.database import Connection, Database, Steps
 from balancesync.documents import Document, reject_document, run_document
-from balancesync.errors import BalanceSyncError
+from balancesync.errors import BalanceSyncError, PostgresUnavailable, TargetMismatch, Unavailable
 from balancesync.model import Mode, Request
 from balancesync.progress import follow
 from balancesync.records import Records
@@ -88,10 +90,7 @@ async def _run(config: Config, args: Namespace, request: Request, *, wait_s: flo
             with _stopping(work):
                 run = await work.run(request, wait_s=wait_s)
     document = run_document(run, None if request.mode == "apply" else work.reports)
-    if args.json:
-        show.as_json(document)
-    else:
-        show.show_run(document)
+    _answer(args, document, show.show_run)
     if work.failure is not None:
         raise work.failure
     if request.mode == "verify":
@@ -191,10 +190,65 @@ async def init(config: Config, args: Namespace) -> int:
     return 0
 
 
+async def status(config: Config, args: Namespace) -> int:
+    """What runs, what ran, what the guard refuses, both servers."""
+    async with servers(config) as (database, source):
+        document = await overview.status(database, source)
+    _answer(args, document, show.show_status)
+    # It tells that Redis is down, but can tell nothing without PostgreSQL.
+    return 0 if document["postgres"]["connected"] else PostgresUnavailable.exit_code
+
+
+async def stats(config: Config, args: Namespace) -> int:
+    """Totals, durations, rejects."""
+    async with servers(config) as (database, _):
+        document = await overview.stats(database)
+    _answer(args, document, show.show_stats)
+    return 0
+
+
+async def health(config: Config, args: Namespace) -> int:
+    """Whether all is well: 1 if not, 0 also if degraded."""
+    async with servers(config) as (database, source):
+        document = await overview.health(config, database, source)
+    _answer(args, document, show.show_health)
+    return 1 if document["status"] == "unhealthy" else 0
+
+
+def _answer(args: Namespace, document: Document, people: Callable[[Document], None]) -> None:
+    if args.json:
+        show.as_json(document)
+    else:
+        people(document)
+
+
+async def check(config: Config, args: Namespace) -> int:
+    """Look for trouble."""
+    found = []
+    async with servers(config) as (database, source):
+        async for finding in checks.check(config, database, source):
+            found.append(finding)
+            if not args.json:
+                show.show_finding(finding.level, finding.topic, finding.text)
+    levels = Counter(finding.level for finding in found)
+    if args.json:
+        show.as_json([asdict(finding) for finding in found])
+    else:
+        counts = (f"{levels[level]} {level}" for level in checks.LEVELS if levels[level])
+        show.write(", ".join(counts))
+    if levels["error"]:
+        return TargetMismatch.exit_code
+    return Unavailable.exit_code if levels["unreachable"] else 0
+
+
 COMMANDS: Final[dict[str, Command]] = {
     "sync": sync,
     "verify": verify,
     "rejects": rejects,
     "runs": runs,
+    "status": status,
+    "stats": stats,
+    "health": health,
+    "check": check,
     "init": init,
 }

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 from datetime import datetime
+from decimal import Decimal
 from typing import Any, Final
 
 from rich.console import Console
@@ -52,24 +53,24 @@ _PIPE_WIDTH: Final = 10_000
 _ROWS_SHOWN: Final = 10
 
 
-class _Stdout(Console):
-    """Writes to stdout, and is quiet once its reader has gone, as in `balancesync runs | head`."""
-
-    def __init__(self) -> None:
-        width = None if sys.stdout.isatty() else _PIPE_WIDTH
-        super().__init__(markup=False, highlight=False, emoji=False, width=width, soft_wrap=True)
-
-    def on_broken_pipe(self) -> None:
-        # https://docs.python.org/3/library/signal.html#note-on-sigpipe, but the exit code stays
-        # what the command has earned.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def write(*lines: str | Text | Table) -> None:
-    """Write to stdout, one line or table after the other."""
-    console = _Stdout()
-    for line in lines:
-        console.print(line)
+    """Write to stdout, one line or table after the other.
+
+    Quiet once the reader has gone, as in `balancesync runs | head`: the exit code stays what the
+    command has earned. https://docs.python.org/3/library/signal.html#note-on-sigpipe
+    """
+    width = None if sys.stdout.isatty() else _PIPE_WIDTH
+    console = Console(markup=False, highlight=False, emoji=False, width=width, soft_wrap=True)
+    with console.capture() as captured:
+        for line in lines:
+            console.print(line)
+    try:
+        for text in captured.get().split("\n")[:-1]:
+            # Cells are filled up with blanks.
+            sys.stdout.write(f"{text.rstrip()}\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def as_json(document: Document | Sequence[Document]) -> None:
@@ -164,6 +165,9 @@ def _show_report(report: Document, counts: Document, mode: str) -> None:
         if more > 0:
             write(f"... and {more:,} more to {op}")
     for column, total in report["totals"].items():
+        if not Decimal(total):
+            write(f"the total of {column} would stay the same")
+            continue
         sign = "" if total.startswith("-") else "+"
         write(f"the total of {column} would change by {sign}{total}")
 
@@ -248,3 +252,79 @@ def show_rejects(rejects: Sequence[Document], limit: int) -> None:
     write(made)
     if len(rejects) == limit:
         write(f"at most {limit:,} are shown; --limit shows more")
+
+
+# --- how things stand -----------------------------------------------------------------------------
+
+
+def show_status(status: Document) -> None:
+    """What runs, what ran, what the guard refuses, both servers."""
+    made = table("", "")
+    made.show_header = False
+    for name in ("redis", "postgres"):
+        made.add_row(name, _server_text(status[name]))
+    if status["state"] is not None:
+        success = Text("none yet", "yellow")
+        if status["last_success_at"]:
+            age = ago(status["last_success_age_s"])
+            success = Text(f"{age} ago, at {moment(status['last_success_at'])} UTC")
+        made.add_row("last success", success)
+        made.add_row("last run", _run_text(status["last_run"]))
+        if status["current_run"]:
+            made.add_row("running now", _run_text(status["current_run"]))
+    write(made)
+    for refusal in status["refusal"] or ():
+        since = moment(refusal["refused_at"])
+        text = f'the guard refuses mapping "{refusal["mapping"]}" since {since} UTC: '
+        way = ". Bring the keys back, or `balancesync sync --accept-loss` if it is as it should be"
+        write(Text(f"{text}{refusal['reason']}{way}", _STYLES["refused"]))
+
+
+def _server_text(server: Document) -> Text:
+    if server["connected"]:
+        return Text(f"{server['version']}, answers in {server['latency_ms']:.1f} ms")
+    return Text(server["error"] or "doesn't answer", "red")
+
+
+def _run_text(run: Document | None) -> Text:
+    if run is None:
+        return Text("none yet", "yellow")
+    took = "" if run["duration_s"] is None else f" in {ago(run['duration_s'])}"
+    begun = f"{run['job']} ({run['trigger']}) at {moment(run['started_at'])} UTC, "
+    return Text.assemble(begun, status_text(run["status"]), f"{took}, {run['id']}")
+
+
+def show_stats(stats: Document) -> None:
+    """Totals, durations and rejects."""
+    made = table("job", "mode", "status", "runs", "in all", right=("runs", "in all"))
+    for row in stats["totals"]:
+        state = status_text(row["status"])
+        made.add_row(row["job"], row["mode"], state, f"{row['runs']:,}", ago(row["seconds"]))
+    write(made if stats["totals"] else "nothing has run yet")
+    last = ", ".join(f"{count} {status}" for status, count in stats["last_runs"].items())
+    if last:
+        write(f"the last {sum(stats['last_runs'].values())} runs: {last}")
+    durations = stats["durations"]
+    if durations["p50_s"] is not None:
+        halves = f"{ago(durations['p50_s'])} at the median, {ago(durations['p95_s'])} at 95 %"
+        write(f"the last 100 successful syncs took {halves}")
+    if stats["last_success_age_s"] is not None:
+        write(f"the last success was {ago(stats['last_success_age_s'])} ago")
+    for mapping, reasons in stats["rejects"].items():
+        each = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items())
+        write(f"open rejects of {mapping}: {each}")
+
+
+def show_health(health: Document) -> None:
+    """All is well, or what isn't."""
+    write(status_text(health["status"]))
+    made = table("", "", "")
+    made.show_header = False
+    for name, check in health["checks"].items():
+        made.add_row(name, status_text(check["status"]), Text(check["detail"]))
+    write(made)
+
+
+def show_finding(level: str, topic: str, text: str) -> None:
+    """One finding of `check`, at once: the next may take a while."""
+    write(Text.assemble((f"{level:<11} ", _STYLES.get(level, "red")), f"{topic}: {text}"))
