@@ -14,6 +14,7 @@
     │       ├── RedisUnavailable    75
     │       └── PostgresUnavailable 75
     ├── RunFailed                    1
+    │   ├── MappingFailed            1
     │   └── Cancelled                1
     └── EmbeddedError                1
 
@@ -100,6 +101,10 @@ class PostgresUnavailable(Unavailable):
 
 class RunFailed(BalanceSyncError):
     """The run failed; `balancesync runs` says why."""
+
+
+class MappingFailed(RunFailed):
+    """One mapping can't be read as a whole; the others go on."""
 
 
 class Cancelled(RunFailed):

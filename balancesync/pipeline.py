@@ -5,8 +5,7 @@ Dry run and verify are the same attempt stopped after diff.
 
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field, replace
-from datetime import datetime
+from dataclasses import dataclass
 from typing import Final
 
 import structlog
@@ -15,14 +14,14 @@ from balancesync import table as tables
 from balancesync.apply import Applied, Applier
 from balancesync.config import Config
 from balancesync.database import Database, Steps
-from balancesync.errors import ConfigError, Refused, RunFailed, TargetMismatch
+from balancesync.errors import ConfigError, MappingFailed, Refused, RunFailed, TargetMismatch
 from balancesync.mapping import Mapping
-from balancesync.model import Baseline, Counts, Observed, Refusal, Reject, Request, Run, guard
-from balancesync.reading import Reading
+from balancesync.model import Refusal, Reject, Request, Run
+from balancesync.part import Part, reading_of
 from balancesync.records import Records, Remembered
 from balancesync.report import Report, describe, reread, spare_present
-from balancesync.source import Source
-from balancesync.target import Diff, Session, Span, Writer
+from balancesync.source import Identity, Source
+from balancesync.target import Session, Span, Writer
 from balancesync.values import show
 
 _LOGGED_REJECTS: Final = 100
@@ -38,48 +37,6 @@ class Progress:
     mapping: str = ""
     done: int = 0
     total: int | None = None
-
-
-@dataclass(slots=True)
-class _Part:
-    """One mapping's part of the attempt."""
-
-    mapping: Mapping
-    reading: Reading
-    writer: Writer
-    read: Counts = field(default_factory=Counts)
-    diff: Diff = field(default_factory=Diff)
-
-    @property
-    def present(self) -> int:
-        """Distinct keys that are there, rejected ones included."""
-        return self.diff.stored + self.diff.rejected
-
-    @property
-    def would_apply(self) -> Applied:
-        """What applying the diff would do."""
-        inserts = self.mapping.config.mode == "upsert"
-        return Applied(
-            inserted=self.diff.inserted.rows if inserts else 0,
-            updated=self.diff.updated.rows,
-            deleted=self.diff.deleted.rows,
-        )
-
-    def tally(self, applied: Applied, *, complete: bool) -> Counts:
-        """The counts, given what is committed; of an incomplete run they need not add up."""
-        counts = replace(self.read)
-        inserts = self.mapping.config.mode == "upsert"
-        counts.rejected = self.diff.rejected + applied.rejected
-        counts.inserted, counts.updated = applied.inserted, applied.updated
-        counts.deleted, counts.absent = applied.deleted, self.diff.absent
-        counts.not_found = applied.not_found + (0 if inserts else self.diff.inserted.rows)
-        accounted = counts.inserted + counts.updated + counts.not_found + applied.rejected
-        if complete:
-            # What an earlier attempt committed is unchanged to this one: it counts once.
-            counts.updated = max(counts.updated - max(accounted - self.diff.stored, 0), 0)
-            counts.unchanged = max(self.diff.stored - accounted, 0)
-            counts.scanned = counts.seen
-        return counts
 
 
 class Pipeline:
@@ -111,6 +68,9 @@ class Pipeline:
         self._records = Records(database)
         self._steps = Steps(database)
         self._logged_rejects = 0
+        self._failures: list[str] = []
+        self._sizes: dict[str, int] = {}
+        self._at = run.started_at
 
     async def execute(self, wait_s: float, close: Callable[[], None]) -> None:
         """Do it all; `close` stamps the run's end just before its success is recorded.
@@ -123,37 +83,42 @@ class Pipeline:
                 await self._open(session, wait_s)
                 if await self._is_recent(session):
                     self._run.status = "skipped"
-                elif parts := await self._parts(session):
-                    await self._work(session, parts)
-                    self._run.status = "succeeded"
-                    if self._request.mode == "apply":
-                        await self._conclude(session, parts, close)
-                        return
-                close()
-                if self.recorded:
+                    close()
                     await self._records.save(session.connection, self._run)
+                    return
+                parts = await self._parts(session)
+                await self._read(session, parts)
+                if self._request.mode == "apply":
+                    await self._write(session, parts)
+                else:
+                    await self._report(session, parts)
+                await self._conclude(session, parts, close)
         finally:
             await session.close()
 
-    async def _work(self, session: Session, parts: Sequence[_Part]) -> None:
+    async def _read(self, session: Session, parts: list[Part]) -> None:
+        """Scan, stage and diff; a mapping that can't be read as a whole leaves `parts`."""
         identity = await self._source.identity()
         self._run.redis_run_id = identity.run_id
         await self._warn_of_other_redis(session)
-        sizes = await self._source.dbsize()
-        for part in parts:
-            await self._scan(part, sum(sizes.values()))
-        at = await session.clock()
+        self._sizes = await self._source.dbsize()
+        for part in list(parts):
+            try:
+                await self._scan(part, identity)
+            except MappingFailed as error:
+                self._failures.append(f'mapping "{part.mapping.name}": {error}')
+                parts.remove(part)
+        self._at = await session.clock()
         for part in parts:
             self._on_progress(Progress("diff", part.mapping.name))
             part.diff = await part.writer.diff()
-        await self._judge(session, parts, sizes)
-        if self._request.mode != "apply":
-            await self._report(session, parts)
-            return
+
+    async def _write(self, session: Session, parts: Sequence[Part]) -> None:
+        await self._judge(session, parts)
         complete = False
         try:
             for part in parts:
-                await self._apply(session, part, at)
+                await self._apply(session, part)
             complete = True
         finally:
             self._tally(parts, complete=complete)
@@ -185,7 +150,7 @@ class Pipeline:
         )
         return True
 
-    async def _parts(self, session: Session) -> list[_Part]:
+    async def _parts(self, session: Session) -> list[Part]:
         """The mappings asked for, each with its table checked and its staging table made."""
         name = self._request.mapping
         chosen = [config for config in self._config.mapping if name in (None, config.name)]
@@ -209,7 +174,7 @@ class Pipeline:
             mapping = Mapping(config, nullable=table.nullable(config))
             writer = Writer(session, mapping, table, number)
             await writer.prepare()
-            parts.append(_Part(mapping, _reading(mapping), writer))
+            parts.append(Part(mapping, reading_of(mapping), writer))
         return parts
 
     async def _warn_of_other_redis(self, session: Session) -> None:
@@ -222,11 +187,11 @@ class Pipeline:
                 " its values may have gone back in time"
             )
 
-    async def _scan(self, part: _Part, size: int) -> None:
+    async def _scan(self, part: Part, identity: Identity) -> None:
         mapping, read = part.mapping, part.read
-        total = None if mapping.config.member else size
+        total = None if mapping.config.member else identity.dbsize
         progress = Progress("scan", mapping.name, 0, total)
-        async with aclosing(self._source.scan(part.reading)) as batches:
+        async with aclosing(self._source.scan(part.reading, identity=identity)) as batches:
             async for raw in batches:
                 batch = mapping.parse(raw)
                 read.scanned += raw.scanned
@@ -239,19 +204,19 @@ class Pipeline:
                 progress.done = read.scanned
                 self._on_progress(progress)
 
-    async def _judge(self, session: Session, parts: Sequence[_Part], sizes: dict[str, int]) -> None:
+    async def _judge(self, session: Session, parts: Sequence[Part]) -> None:
         """Ask the guard about every mapping; raises Refused unless losses are accepted."""
         known = await self._records.remembered(session.connection) if self.recorded else {}
         refusals = []
         for part in parts:
             remembered = known.get(part.mapping.name, Remembered(None, None, None))
-            refusal = self._ask_guard(part, remembered)
+            refusal = part.refusal(remembered, self._config.guard)
             if refusal:
                 refusals.append(refusal)
             elif not part.present:
                 self._warn(f'mapping "{part.mapping.name}": Redis has no key of it')
         if not refusals and self._request.mode == "apply":
-            refusals = await self._judge_size(parts, sizes)
+            refusals = await self._judge_size(parts)
         sentences = [f'mapping "{each.mapping}": {each.reason}' for each in refusals]
         if self._request.accept_loss or self._request.mode != "apply":
             said = "accepted" if self._request.accept_loss else "a sync would be refused"
@@ -269,38 +234,16 @@ class Pipeline:
                 " `balancesync sync --accept-loss` if this is as it should be"
             )
 
-    def _ask_guard(self, part: _Part, remembered: Remembered) -> Refusal | None:
-        diff, limits = part.diff, self._config.guard
-        baseline = remembered.baseline
-        if baseline is None and part.mapping.config.mode == "upsert":
-            # Before a first success all rows of a table of our own count as known.
-            baseline = Baseline(present=diff.target_rows, absent=0)
-        seen = Observed(
-            present=part.present,
-            absent=diff.absent,
-            changed=diff.updated.rows,
-            deletable=diff.deleted.rows,
-            target_rows=diff.target_rows,
-        )
-        return guard(
-            part.mapping.name,
-            seen,
-            baseline,
-            standing=remembered.refusal is not None,
-            max_loss=limits.max_loss,
-            max_change=limits.max_change,
-        )
-
-    async def _judge_size(self, parts: Sequence[_Part], sizes: dict[str, int]) -> list[Refusal]:
-        sizes_now = await self._source.dbsize()
-        emptied = any(size and not sizes_now.get(primary) for primary, size in sizes.items())
-        before, now = sum(sizes.values()), sum(sizes_now.values())
+    async def _judge_size(self, parts: Sequence[Part]) -> list[Refusal]:
+        sizes = await self._source.dbsize()
+        emptied = any(size and not sizes.get(primary) for primary, size in self._sizes.items())
+        before, now = sum(self._sizes.values()), sum(sizes.values())
         if not emptied and now >= before * (1 - self._config.guard.max_loss):
             return []
         reason = f"Redis fell from {before:,} keys to {now:,} during the run"
         return [Refusal(part.mapping.name, "loss", reason) for part in parts]
 
-    async def _apply(self, session: Session, part: _Part, at: datetime) -> None:
+    async def _apply(self, session: Session, part: Part) -> None:
         if part.diff.deleted.rows:
             await self._spare(session, part)
         total = part.would_apply.rows
@@ -310,14 +253,14 @@ class Pipeline:
             progress.done = done
             self._on_progress(progress)
 
-        applier = Applier(part.writer, at, between)
+        applier = Applier(part.writer, self._at, between)
         try:
             await applier.run(part.diff)
         finally:
             name = part.mapping.name
             self._committed[name] = self._committed.get(name, Applied()) + applier.done
 
-    async def _spare(self, session: Session, part: _Part) -> None:
+    async def _spare(self, session: Session, part: Part) -> None:
         name = part.mapping.name
         if await self._records.unfinished_restore(session.connection, name):
             self._warn(f'mapping "{name}": nothing is deleted until its restore has succeeded')
@@ -328,31 +271,48 @@ class Pipeline:
         part.diff.deleted.rows -= spared
 
     async def _conclude(
-        self, session: Session, parts: Sequence[_Part], close: Callable[[], None]
+        self, session: Session, parts: Sequence[Part], close: Callable[[], None]
     ) -> None:
-        """Record success, rejects and the guard's new baseline, all in one transaction."""
+        """Record the outcome; of an apply run with its rejects and what the guard must remember,
+        all in one transaction. Raises RunFailed if what was applied is no success."""
         run, connection = self._run, session.connection
-        present = sum(part.present for part in parts)
-        limit = self._config.guard.max_rejects
-        too_many = run.counts.rejected > limit * present
-        at = await session.clock()
-        names = [part.mapping.name for part in parts]
-        async with connection.transaction():
-            await self._records.merge_rejects(connection, run, at, names)
-            await self._records.forget_old(connection, run.id)
-            if not too_many:
-                if run.full or self._request.accept_loss:
-                    await self._records.save_baselines(connection, _baselines(parts, run))
-                close()
+        problem = self._problem(parts)
+        if not problem:
+            run.status = "succeeded"
+            close()
+        if self.recorded:
+            async with connection.transaction():
+                if run.mode == "apply":
+                    await self._remember(session, parts, success=not problem)
                 await self._records.save(connection, run)
-        if too_many:
-            raise RunFailed(
-                f"{run.counts.rejected:,} of {present:,} keys are rejects, more than"
-                f" guard.max_rejects = {limit:g}; the others are applied, see"
-                " `balancesync rejects`"
-            )
+        if problem:
+            raise RunFailed(problem)
 
-    async def _report(self, session: Session, parts: Sequence[_Part]) -> None:
+    async def _remember(self, session: Session, parts: Sequence[Part], *, success: bool) -> None:
+        run, connection = self._run, session.connection
+        names = [part.mapping.name for part in parts]
+        await self._records.merge_rejects(connection, run, await session.clock(), names)
+        await self._records.forget_old(connection, run.id)
+        if success and (run.full or self._request.accept_loss):
+            baselines = {
+                part.mapping.name: part.baseline(run.mappings[part.mapping.name].deleted)
+                for part in parts
+            }
+            await self._records.save_baselines(connection, baselines)
+
+    def _problem(self, parts: Sequence[Part]) -> str:
+        problems = list(self._failures)
+        rejected, present = self._run.counts.rejected, sum(part.present for part in parts)
+        limit = self._config.guard.max_rejects
+        if self._run.mode == "apply" and rejected > limit * present:
+            problems.append(
+                f"{rejected:,} of {present:,} keys are rejects, more than guard.max_rejects ="
+                f" {limit:g}; the others are applied, see `balancesync rejects`"
+            )
+        return "; ".join(problems)
+
+    async def _report(self, session: Session, parts: Sequence[Part]) -> None:
+        await self._judge(session, parts)
         for number, part in enumerate(parts, len(parts)):
             found, writer = part.would_apply, part.writer
             if self._request.mode == "verify":
@@ -367,7 +327,7 @@ class Pipeline:
             self.reports.append(await describe(writer))
             self._run.mappings[part.mapping.name] = part.tally(found, complete=True)
 
-    def _tally(self, parts: Sequence[_Part], *, complete: bool) -> None:
+    def _tally(self, parts: Sequence[Part], *, complete: bool) -> None:
         for part in parts:
             name = part.mapping.name
             committed = self._committed.get(name, Applied())
@@ -385,23 +345,3 @@ class Pipeline:
             write("reject", mapping=mapping, key=show(reject.key), reason=reject.reason)
             if self._logged_rejects == _LOGGED_REJECTS:
                 log.warning("more rejects are kept, not logged; see `balancesync rejects`")
-
-
-def _baselines(parts: Sequence[_Part], run: Run) -> dict[str, Baseline]:
-    return {
-        part.mapping.name: Baseline(
-            present=part.present,
-            absent=part.diff.absent - run.mappings[part.mapping.name].deleted,
-        )
-        for part in parts
-    }
-
-
-def _reading(mapping: Mapping) -> Reading:
-    return Reading(
-        type=mapping.config.type,
-        match=mapping.match,
-        fields=tuple(mapping.redis_fields),
-        member_key=mapping.member_key,
-        select=mapping.select,
-    )
