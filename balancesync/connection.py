@@ -29,6 +29,7 @@ from typing import Any, Final, cast
 
 import hiredis
 from redis.asyncio.connection import SSLConnection, parse_url
+from redis.exceptions import RedisError
 
 from balancesync.errors import (
     BalanceSyncError,
@@ -96,17 +97,19 @@ class Access:
 def parse(url: str, *, timeout: float, clustered: bool) -> tuple[Address, Access]:
     """Take a URL that `urls.check_redis_url` accepts apart; `timeout` in seconds.
 
-    Raises ConfigError: a file that its ssl_ options name can't be read.
+    Raises ConfigError: an ssl_ option that isn't one, or names a file that can't be used.
     """
-    options: dict[str, Any] = {**parse_url(url)}
-    secured = options.pop("connection_class", None) is SSLConnection
-    ssl_options = {name: value for name, value in options.items() if name.startswith("ssl_")}
     try:
+        options: dict[str, Any] = {**parse_url(url)}
+        secured = options.pop("connection_class", None) is SSLConnection
+        ssl_options = {name: value for name, value in options.items() if name.startswith("ssl_")}
         tls = SSLConnection(**ssl_options).ssl_context.get() if secured else None
     except OSError as error:  # also an SSLError: no certificate in the file
         raise ConfigError(
             f"redis.url: the files of its ssl_ options can't be used: {error.strerror}"
         ) from None
+    except (TypeError, ValueError, RedisError):
+        raise ConfigError("redis.url: one of its ssl_ options isn't known, or its value") from None
     port = int(options.get("port", DEFAULT_PORT))
     path = str(options.get("path", ""))
     address = Address(path=path) if path else Address(options.get("host", "localhost"), port)
@@ -119,6 +122,18 @@ def parse(url: str, *, timeout: float, clustered: bool) -> tuple[Address, Access
         tls=tls,
     )
     return address, access
+
+
+def pack_each(before: tuple[bytes, ...], keys: list[bytes], after: tuple[bytes, ...] = ()) -> bytes:
+    """The same command for each of `keys`, in a quarter of the time that `pack` takes.
+
+    >>> pack_each((b"GET",), [b"a"])
+    b'*2\\r\\n$3\\r\\nGET\\r\\n$1\\r\\na\\r\\n'
+    """
+    start = b"*%d\r\n" % (len(before) + 1 + len(after))
+    head = start + b"".join([b"$%d\r\n%b\r\n" % (len(word), word) for word in before])
+    tail = b"".join([b"$%d\r\n%b\r\n" % (len(word), word) for word in after])
+    return b"".join([b"%b$%d\r\n%b\r\n%b" % (head, len(key), key, tail) for key in keys])
 
 
 async def connect(address: Address, access: Access) -> "Connection":
@@ -139,8 +154,9 @@ async def connect(address: Address, access: Access) -> "Connection":
             await connection.introduce()
     except TimeoutError:
         await connection.close()
+        hint = "; does it speak TLS?" if access.tls else ""
         raise RedisUnavailable(
-            f"Redis at {address} doesn't answer within redis.timeout = {access.timeout:g} s"
+            f"Redis at {address} doesn't answer within redis.timeout = {access.timeout:g} s{hint}"
         ) from None
     except OSError as error:
         raise _unreachable(address, error) from None
@@ -206,6 +222,11 @@ class Connection(asyncio.Protocol):
     async def call(self, *words: bytes) -> Any:
         """One command and its reply; raises what an error reply stands for."""
         return self.check(await self.send(pack(words)), words[0])
+
+    async def call_each(self, before: tuple[bytes, ...], keys: list[bytes]) -> list[Any]:
+        """The same command for each of `keys`; error replies stand among the replies as objects."""
+        replies: list[Any] = await self.send(pack_each(before, keys), len(keys))
+        return replies
 
     async def pipeline(self, commands: list[tuple[bytes, ...]]) -> list[Any]:
         """Several commands in one go; error replies stand among the replies as objects."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import hiredis
+from redis.crc import key_slot
 
 from balancesync.connection import Access, Address, Connection, connected, pack
 from balancesync.errors import ConfigError, RedisUnavailable, SourceChanged
@@ -20,9 +21,10 @@ class Node:
     """One primary as it was at one moment.
 
     `history` is the id of its data's history: new whenever it has been a replica meanwhile.
-    `client` is our connection and its database, None if the user may not ask. `swaps` counts
-    SWAPDB. `slots` is every primary and its slots as this node sees them, empty outside a cluster.
-    `server` is redis or valkey, `info` all that INFO says.
+    `swaps` counts SWAPDB. `client` is our connection and its database, None if the user may not
+    ask. `slots` is every primary and its slots as this node sees them, empty outside a cluster;
+    `epoch` is new after each change of its own, `moving` tells of one under way. `server` is redis
+    or valkey, `info` all that INFO says.
     """
 
     address: Address
@@ -30,6 +32,8 @@ class Node:
     history: str
     swaps: str
     slots: tuple[str, ...]
+    epoch: str
+    moving: bool
     client: str | None
     server: str
     version: str
@@ -45,26 +49,46 @@ class Node:
     def check_same(self, after: "Node") -> None:
         """Raise SourceChanged unless `after` is the same server, untouched, on the same connection.
 
-        A SWAPDB, or slots under way, would move keys past a scan that ends in good order.
+        A SWAPDB, or slots that move, would carry keys past a scan that ends in good order.
         """
         reason = None
         if self.run_id != after.run_id:
             reason = "was restarted"
         elif self.history != after.history:
-            reason = "changed its role"
+            reason = "began a new history of replication"
         elif self.client != after.client:
             reason = "was reached over another connection"
         elif self.swaps != after.swaps:
             reason = "had databases swapped by SWAPDB"
-        elif self.slots != after.slots:
+        elif (self.slots, self.epoch) != (after.slots, after.epoch):
             reason = "and its cluster shared out their slots anew"
         if reason:
             raise SourceChanged(f"Redis at {self.address} {reason} during the scan")
 
-    def check_settled(self) -> None:
-        """Raise SourceChanged if slots are on their way to or from this node."""
-        if any("[" in line for line in self.slots):
-            raise SourceChanged(f"Redis at {self.address} is moving slots; a scan would miss keys")
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where the primaries are; of a cluster, also which of them owns each slot."""
+
+    addresses: tuple[Address, ...]
+    owners: tuple[Address, ...] = ()
+
+    def owner(self, key: bytes) -> Address:
+        """The primary that `key` is on."""
+        return self.owners[key_slot(key)] if self.owners else self.addresses[0]
+
+    def holders(self, member_key: bytes | None) -> tuple[Address, ...]:
+        """Those that hold a part of the keys; with `member_key`, of this key's fields."""
+        return self.addresses if member_key is None else (self.owner(member_key),)
+
+    def divide(self, keys: list[bytes], member_key: bytes | None) -> dict[Address, list[int]]:
+        """The places in `keys` (with `member_key`, fields) of those that each primary holds."""
+        if not self.owners or member_key is not None:
+            return {address: [*range(len(keys))] for address in self.holders(member_key)}
+        places: dict[Address, list[int]] = {}
+        for at, key in enumerate(keys):
+            places.setdefault(self.owner(key), []).append(at)
+        return places
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +108,18 @@ class Facts:
     last_save_ok: bool
     changes_since_save: int
     save: str | None  # the save points; None if the user may not ask
+
+
+def check_settled(nodes: list[Node], *, whole: bool) -> None:
+    """Raise SourceChanged if slots are under way, or `nodes` aren't a `whole` cluster."""
+    for node in nodes:
+        if node.moving:
+            raise SourceChanged(f"Redis at {node.address} is moving slots: a scan would miss keys")
+        agreed = node.slots == nodes[0].slots and (not whole or len(node.slots) == len(nodes))
+        if node.slots and not agreed:
+            raise SourceChanged(
+                f"the cluster of Redis at {node.address} doesn't agree on its slots yet"
+            )
 
 
 async def describe(connection: Connection, *, clustered: bool) -> Node:
@@ -109,12 +145,16 @@ async def describe(connection: Connection, *, clustered: bool) -> Node:
     if info.get("role") != "master":
         raise RedisUnavailable(f"Redis at {address} is a replica; only a primary is read")
     stats = _parse_info(connection.check(replies[1], b"INFO"))
+    nodes = connection.check(replies[4], b"CLUSTER|NODES") if clustered else b""
+    slots, epoch, moving = _parse_nodes(nodes)
     return Node(
         address=address,
         run_id=info.get("run_id", ""),
         history=info.get("master_replid", ""),
         swaps=stats.get("cmdstat_swapdb", "").partition(",")[0],
-        slots=_parse_nodes(connection.check(replies[4], b"CLUSTER")) if clustered else (),
+        slots=slots,
+        epoch=epoch,
+        moving=moving,
         client=_parse_client(replies[2]),
         server="valkey" if "valkey_version" in info else "redis",
         version=info.get("valkey_version") or info.get("redis_version", ""),
@@ -123,8 +163,8 @@ async def describe(connection: Connection, *, clustered: bool) -> Node:
     )
 
 
-async def ask_cluster(nodes: list[Address], access: Access) -> dict[Address, list[tuple[int, int]]]:
-    """Every primary of a cluster with its slots, first and last, from the first node that answers.
+async def ask_cluster(nodes: list[Address], access: Access) -> Layout:
+    """Where the primaries of a cluster are, from the first of its `nodes` that answers.
 
     Raises RedisUnavailable if none does or a slot is served by no primary, ConfigError if it's no
     cluster.
@@ -133,7 +173,7 @@ async def ask_cluster(nodes: list[Address], access: Access) -> dict[Address, lis
     for address in dict.fromkeys(nodes):
         try:
             async with connected(address, access) as connection:
-                return await _slots(connection)
+                return await _layout(connection)
         except RedisUnavailable as error:
             failure = failure or error
     raise failure or RedisUnavailable()
@@ -165,24 +205,24 @@ async def ask_sentinels(sentinels: list[Address], access: Access, service: str) 
     raise RedisUnavailable(f'none of the Sentinels {names} knows where "{service}" is now')
 
 
-async def _slots(connection: Connection) -> dict[Address, list[tuple[int, int]]]:
+async def _layout(connection: Connection) -> Layout:
     reply = await connection.send(pack((b"CLUSTER", b"SLOTS")))
     if isinstance(reply, hiredis.ReplyError) and "cluster support disabled" in str(reply):
         raise ConfigError(
             f"Redis at {connection.address} is no node of a cluster; set redis.cluster = false"
         )
-    primaries: dict[Address, list[tuple[int, int]]] = {}
+    owners: dict[int, Address] = {}
     for first, last, (host, port, *_), *_ in connection.check(reply, b"CLUSTER|SLOTS"):
         # No name, or a question mark, stands for the host that was asked.
         name = host.decode() if host and host != b"?" else connection.address.host
-        primaries.setdefault(Address(name, port), []).append((first, last))
-    served = sum(last - first + 1 for slots in primaries.values() for first, last in slots)
-    if served != ALL_SLOTS:
+        owners |= dict.fromkeys(range(first, last + 1), Address(name, port))
+    if len(owners) != ALL_SLOTS:
         raise RedisUnavailable(
-            f"the cluster of Redis at {connection.address} serves only {served:,} of its"
+            f"the cluster of Redis at {connection.address} serves only {len(owners):,} of its"
             f" {ALL_SLOTS:,} slots"
         )
-    return primaries
+    by_slot = tuple(owners[slot] for slot in range(ALL_SLOTS))
+    return Layout(tuple(dict.fromkeys(by_slot)), by_slot)
 
 
 async def facts_of(connection: Connection, node: Node) -> Facts:
@@ -236,10 +276,17 @@ def _parse_client(reply: Any) -> str | None:
     return f"{words.get(b'id', b'').decode()} {words.get(b'db', b'').decode()}"
 
 
-def _parse_nodes(text: bytes) -> tuple[str, ...]:
-    """Of CLUSTER NODES what must not change: id, configuration epoch and slots of each primary.
+def _parse_nodes(text: bytes) -> tuple[tuple[str, ...], str, bool]:
+    """Each primary's id and slots; our own configuration epoch; whether slots come or go here.
 
     https://redis.io/docs/latest/commands/cluster-nodes/
     """
-    lines = (line.split() for line in text.decode(errors="replace").splitlines())
-    return tuple(sorted(" ".join((w[0], w[6], *w[8:])) for w in lines if len(w) > 8))
+    slots, epoch, moving = [], "", False
+    for line in text.decode(errors="replace").splitlines():
+        name, _, flags, _, _, _, age, _, *ranges = line.split()
+        if "myself" in flags:
+            epoch, moving = age, any(found.startswith("[") for found in ranges)
+        settled = [found for found in ranges if not found.startswith("[")]
+        if settled:
+            slots.append(" ".join((name, *settled)))
+    return tuple(sorted(slots)), epoch, moving

@@ -9,29 +9,29 @@ primaries, from the first page to the last; anything else raises. Its connection
 else shares one connection a primary, made when it's needed and thrown away when anything fails, so
 a Source can be made before Redis is up and outlives its restarts. Nothing is ever asked twice.
 
-The rights it takes: SCAN, MGET (in a cluster GET), TYPE; for hashes HMGET, EVAL_RO (EVAL before
-Redis 7; both may be forbidden), with `member` HSCAN and HEXISTS; EXISTS, PTTL, PING; and those
-that `nodes` names. `connection` tells what each error leads to.
+The rights it takes: SCAN, MGET (in a cluster GET), TYPE, EXISTS, PTTL, PING, and those that `nodes`
+names; for hashes HMGET, with `member` HSCAN and HEXISTS too. `connection` tells what each error
+leads to.
 """
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Final, Self
-
-from redis.crc import key_slot
 
 from balancesync.config import RedisConfig
 from balancesync.connection import Address, Connection, connect, parse
 from balancesync.errors import RedisUnavailable, SourceChanged, Transient
 from balancesync.model import RawBatch, RawValue
 from balancesync.nodes import (
-    ALL_SLOTS,
     Facts,
+    Layout,
     Node,
     ask_cluster,
     ask_sentinels,
+    check_settled,
     describe,
     facts_of,
 )
@@ -97,6 +97,12 @@ class _Primary:
     node: Node
 
 
+@dataclass(frozen=True, slots=True)
+class _Shared:
+    layout: Layout
+    primaries: dict[Address, _Primary]
+
+
 class Source:
     """Redis as `config` names it. Every method that speaks to it raises what `connection` lists."""
 
@@ -106,8 +112,7 @@ class Source:
         self._address, self._access = parse(
             config.url.get_secret_value(), timeout=config.timeout, clustered=config.cluster
         )
-        self._primaries: dict[Address, _Primary] = {}
-        self._owners: list[Address] = []
+        self._shared: _Shared | None = None
         self._known: tuple[Address, ...] = ()
         self._opening = asyncio.Lock()
 
@@ -119,40 +124,39 @@ class Source:
 
     async def close(self) -> None:
         """Close the shared connections; a later call makes new ones."""
-        primaries, self._primaries = self._primaries, {}
-        for primary in primaries.values():
+        shared, self._shared = self._shared, None
+        for primary in shared.primaries.values() if shared else ():
             await primary.connection.close()
 
     async def identity(self) -> Identity:
         """Who Redis is now."""
-        async with self._open() as primaries:
-            return Identity(tuple([await self._describe(p.connection) for p in primaries.values()]))
+        async with self._open() as shared:
+            nodes = [await self._describe(p.connection) for p in shared.primaries.values()]
+        return Identity(tuple(nodes))
 
     async def dbsize(self) -> dict[str, int]:
         """The number of keys of each primary by its address, of every kind."""
-        async with self._open() as primaries:
-            return {str(a): await p.connection.call(b"DBSIZE") for a, p in primaries.items()}
+        async with self._open() as shared:
+            return {
+                str(address): await primary.connection.call(b"DBSIZE")
+                for address, primary in shared.primaries.items()
+            }
 
     async def ping(self) -> float:
         """Seconds that the slowest primary takes to answer."""
-        async with self._open() as primaries:
-            loop = asyncio.get_running_loop()
-            slowest = 0.0
-            for primary in primaries.values():
-                start = loop.time()
+        slowest = 0.0
+        async with self._open() as shared:
+            for primary in shared.primaries.values():
+                start = perf_counter()
                 await primary.connection.call(b"PING")
-                slowest = max(slowest, loop.time() - start)
-            return slowest
+                slowest = max(slowest, perf_counter() - start)
+        return slowest
 
     async def facts(self) -> tuple[Facts, ...]:
         """What `check` and the metrics want to know of each primary."""
-        async with self._open() as primaries:
-            return tuple(
-                [
-                    await facts_of(p.connection, await self._describe(p.connection))
-                    for p in primaries.values()
-                ]
-            )
+        async with self._open() as shared:
+            connections = [primary.connection for primary in shared.primaries.values()]
+            return tuple([await facts_of(c, await self._describe(c)) for c in connections])
 
     async def fetch(self, reading: Reading, keys: list[bytes]) -> RawBatch:
         """Read `keys` (with `member_key`, fields) again, all in one batch; `select` isn't asked.
@@ -160,14 +164,16 @@ class Source:
         Raises RunFailed if `member_key` holds another type, SourceChanged if slots moved.
         """
         values: list[RawValue] = [None] * len(keys)
-        async with self._open() as primaries:
-            for primary, places in self._divide(primaries, reading, keys):
-                reader = self._values(primary, reading)
-                found = await reader.read([keys[at] for at in places])
+        big = reading.member_key
+        async with self._open() as shared:
+            for address, places in shared.layout.divide(keys, big).items():
+                connection = shared.primaries[address].connection
+                found = await self._values(connection, reading).read([keys[at] for at in places])
                 for at, value in zip(places, found, strict=True):
                     values[at] = value
                 # A primary that has become a replica goes on answering, from the past.
-                await self._describe(primary.connection)
+                await self._describe(connection)
+            await self._check_primary(shared.layout)
         return RawBatch(keys, values, len(keys))
 
     async def exists(self, reading: Reading, keys: list[bytes]) -> list[bool]:
@@ -175,15 +181,17 @@ class Source:
         found = [False] * len(keys)
         big = reading.member_key
         command = (b"EXISTS",) if big is None else (b"HEXISTS", big)
-        async with self._open() as primaries:
-            for primary, places in self._divide(primaries, reading, keys):
-                connection, values = primary.connection, self._values(primary, reading)
+        async with self._open() as shared:
+            for address, places in shared.layout.divide(keys, big).items():
+                connection = shared.primaries[address].connection
+                values = self._values(connection, reading)
                 for start in range(0, len(places), _EXISTS_PIECE):
                     piece = places[start : start + _EXISTS_PIECE]
-                    replies = await connection.pipeline([(*command, keys[at]) for at in piece])
+                    replies = await connection.call_each(command, [keys[at] for at in piece])
                     for at, reply in zip(piece, replies, strict=True):
                         found[at] = await values.checked(reply, command[0]) > 0
                 await self._describe(connection)
+            await self._check_primary(shared.layout)
         return found
 
     async def sample(self, reading: Reading, limit: int) -> Sample:
@@ -193,15 +201,15 @@ class Source:
         where hardly a key matches, the sample may be smaller than it could be.
         """
         sample = Sample(RawBatch([], [], 0), [])
-        async with self._open() as primaries:
-            for primary in self._asked(primaries, reading.member_key):
-                await self._sample(primary, reading, limit, sample)
+        async with self._open() as shared:
+            for address in shared.layout.holders(reading.member_key):
+                await self._sample(shared.primaries[address].connection, reading, limit, sample)
         del sample.batch.keys[limit:], sample.batch.values[limit:], sample.ttls[limit:]
         return sample
 
     async def scan(
         self, reading: Reading, *, identity: Identity | None = None
-    ) -> AsyncIterator[RawBatch]:
+    ) -> AsyncGenerator[RawBatch, None]:
         """Read every key (with `member_key`, field) that was there throughout, some of them twice.
 
         Close it if you leave it early (`contextlib.aclosing`). It reads on while a batch is being
@@ -217,34 +225,37 @@ class Source:
             RunFailed: `member_key` holds another type.
         """
         async with AsyncExitStack() as stack:
-            connections: list[Connection] = []
+            primaries: list[_Primary] = []
             try:
-                for address in await self._resolve(reading.member_key):
-                    connection = await connect(address, self._access)
-                    stack.push_async_callback(connection.close)
-                    connections.append(connection)
-                primaries = [_Primary(c, await self._describe(c)) for c in connections]
-                for primary in primaries:
-                    primary.node.check_settled()
-                    if identity and primary.node.run_id not in identity.run_ids:
-                        raise SourceChanged(f"Redis at {primary.node.address} was restarted")
-                async for batch in self._read(primaries, reading):
-                    yield batch
-                for primary in primaries:
-                    after = await self._describe(primary.connection)
-                    primary.node.check_same(after)
-                    after.check_settled()
+                layout = await self._locate()
+                for address in layout.holders(reading.member_key):
+                    primaries.append(await self._connect(address, stack))
+                before = [primary.node for primary in primaries]
+                check_settled(before, whole=reading.member_key is None)
+                if identity and not identity.run_ids.issuperset(node.run_id for node in before):
+                    raise SourceChanged(f"Redis at {before[0].address} was restarted")
+                connections = [primary.connection for primary in primaries]
+                async with aclosing(self._read(connections, reading)) as batches:
+                    async for batch in batches:
+                        yield batch
+                after = [await self._describe(connection) for connection in connections]
+                for earlier, later in zip(before, after, strict=True):
+                    earlier.check_same(later)
+                check_settled(after, whole=reading.member_key is None)
+                await self._check_primary(layout)
             except RedisUnavailable as error:
-                if any(connection.lost for connection in connections):
+                if any(primary.connection.lost for primary in primaries):
                     raise SourceChanged(f"{error} during the scan") from error
                 raise
 
-    async def _read(self, primaries: list[_Primary], reading: Reading) -> AsyncIterator[RawBatch]:
+    async def _read(
+        self, connections: list[Connection], reading: Reading
+    ) -> AsyncGenerator[RawBatch, None]:
         pace = Pace(self._config.max_keys_per_second, self._config.scan_count)
         ready: asyncio.Queue[Ready] = asyncio.Queue()
         walks = [
-            asyncio.create_task(self._values(primary, reading).walk(reading, pace, ready))
-            for primary in primaries
+            asyncio.create_task(self._values(connection, reading).walk(reading, pace, ready))
+            for connection in connections
         ]
         for walk in walks:
             walk.add_done_callback(lambda _: ready.put_nowait(None))
@@ -254,14 +265,16 @@ class Source:
                 item = await ready.get()
                 if item is None:
                     running -= 1
-                    _raise_failure(walks)
+                    for walk in walks:
+                        if walk.done():
+                            walk.result()
                     continue
                 values, piece = item
                 found, size = await values.receive(piece)
                 values.room.release()
                 batch.keys += piece.keys
                 batch.values += found
-                batch.scanned += piece.scanned
+                batch.scanned += len(piece.keys) + piece.ignored
                 weight += size
                 if len(batch.keys) >= pace.count or weight >= _BATCH_BYTES:
                     yield batch
@@ -274,10 +287,11 @@ class Source:
             await asyncio.gather(*walks, return_exceptions=True)
 
     async def _sample(
-        self, primary: _Primary, reading: Reading, limit: int, sample: Sample
+        self, connection: Connection, reading: Reading, limit: int, sample: Sample
     ) -> None:
-        values, pace = self._values(primary, reading), Pace(0, min(self._config.scan_count, limit))
-        connection, cursor, pages = primary.connection, b"", 0
+        values = self._values(connection, reading)
+        pace = Pace(0, min(self._config.scan_count, limit))
+        cursor, pages = b"", 0
         while cursor != b"0" and pages < _SAMPLE_PAGES and len(sample.ttls) < limit:
             asked = values.ask_page(cursor or b"0", reading, values.page_size(pace))
             cursor, page = await values.receive_page(asked)
@@ -286,91 +300,74 @@ class Source:
                 found, _ = await values.receive(piece)
                 big = reading.member_key
                 named = piece.keys if big is None else [big] * len(piece.keys)
-                ttls = await connection.pipeline([(b"PTTL", key) for key in named])
+                ttls = await connection.call_each((b"PTTL",), named)
                 sample.batch.keys.extend(piece.keys)
                 sample.batch.values.extend(found)
-                sample.batch.scanned += piece.scanned
+                sample.batch.scanned += len(piece.keys) + piece.ignored
                 for ttl in ttls:
                     left = connection.check(ttl, b"PTTL")
                     sample.ttls.append(left if left >= 0 else None)
                 if len(sample.ttls) >= limit:
                     break
 
-    def _values(self, primary: _Primary, reading: Reading) -> Values:
-        connection, count = primary.connection, self._config.scan_count
+    def _values(self, connection: Connection, reading: Reading) -> Values:
+        count = self._config.scan_count
         if reading.member_key is not None:
             return Members(connection, count, reading.member_key)
         limit = max(1, count // 2)
         if reading.type == "hash":
-            scripts = [b"EVAL_RO"] if primary.node.release >= (7,) else [b"EVAL"]
-            return Hashes(
-                connection, limit, reading.fields, [] if self._config.cluster else scripts
-            )
+            return Hashes(connection, limit, reading.fields)
         return (ScatteredStrings if self._config.cluster else Strings)(connection, limit)
 
     async def _describe(self, connection: Connection) -> Node:
         return await describe(connection, clustered=self._config.cluster)
 
     @asynccontextmanager
-    async def _open(self) -> AsyncIterator[dict[Address, _Primary]]:
+    async def _open(self) -> AsyncIterator[_Shared]:
         """The shared connections, made now if need be; gone after anything that may pass."""
         async with self._opening:
-            if not all(p.connection.usable for p in self._primaries.values()):
+            shared = self._shared
+            if shared and not all(p.connection.usable for p in shared.primaries.values()):
                 await self.close()
-            if not self._primaries:
-                await self._connect_shared()
+                shared = None
+            if shared is None:
+                shared = self._shared = await self._connect_shared()
         try:
-            yield self._primaries
+            yield shared
         except Transient:
-            await self.close()
+            if self._shared is shared:
+                await self.close()
             raise
 
-    async def _connect_shared(self) -> None:
+    async def _connect_shared(self) -> _Shared:
         async with AsyncExitStack() as stack:
-            primaries = {}
-            for address in await self._resolve():
-                connection = await connect(address, self._access)
-                stack.push_async_callback(connection.close)
-                primaries[address] = _Primary(connection, await self._describe(connection))
+            layout = await self._locate()
+            primaries = {a: await self._connect(a, stack) for a in layout.addresses}
             stack.pop_all()
-            self._primaries = primaries
+            return _Shared(layout, primaries)
 
-    async def _resolve(self, member_key: bytes | None = None) -> list[Address]:
-        """Where the primaries are now; with `member_key` the one that holds this key."""
+    async def _connect(self, address: Address, stack: AsyncExitStack) -> _Primary:
+        connection = await connect(address, self._access)
+        stack.push_async_callback(connection.close)
+        return _Primary(connection, await self._describe(connection))
+
+    async def _check_primary(self, layout: Layout) -> None:
+        """Raise SourceChanged if the Sentinels name another primary than before.
+
+        They make a primary that they have replaced a replica only ten seconds later.
+        """
+        if self._config.sentinel and await self._locate() != layout:
+            raise SourceChanged(f"the Sentinels have replaced Redis at {layout.addresses[0]}")
+
+    async def _locate(self) -> Layout:
         config = self._config
         if config.sentinel:
             sentinels = [Address(host, port) for host, port in config.sentinel_addresses]
-            return [await ask_sentinels(sentinels, self._access, config.sentinel_service)]
+            found = await ask_sentinels(sentinels, self._access, config.sentinel_service)
+            return Layout((found,))
         if not config.cluster:
-            return [self._address]
+            return Layout((self._address,))
         # The node that the URL names may be away: then one that was met before can tell.
-        slots = await ask_cluster([self._address, *self._known], self._access)
-        self._known = tuple(slots)
-        self._owners = [self._address] * ALL_SLOTS
-        for address, ranges in slots.items():
-            for first, last in ranges:
-                self._owners[first : last + 1] = [address] * (last - first + 1)
-        return list(slots) if member_key is None else [self._owners[key_slot(member_key)]]
-
-    def _asked(self, primaries: dict[Address, _Primary], key: bytes | None) -> list[_Primary]:
-        """The primaries that a key may be on; all for None."""
-        if key is None or not self._config.cluster:
-            return list(primaries.values())
-        return [primaries[self._owners[key_slot(key)]]]
-
-    def _divide(
-        self, primaries: dict[Address, _Primary], reading: Reading, keys: list[bytes]
-    ) -> list[tuple[_Primary, list[int]]]:
-        """Which of `keys` each primary holds, by their places."""
-        if not self._config.cluster or reading.member_key is not None:
-            return [(self._asked(primaries, reading.member_key)[0], list(range(len(keys))))]
-        places: dict[Address, list[int]] = {}
-        for at, key in enumerate(keys):
-            places.setdefault(self._owners[key_slot(key)], []).append(at)
-        return [(primaries[address], found) for address, found in places.items()]
-
-
-def _raise_failure(walks: list[asyncio.Task[None]]) -> None:
-    for walk in walks:
-        if walk.done():
-            walk.result()
+        layout = await ask_cluster([self._address, *self._known], self._access)
+        self._known = layout.addresses
+        return layout
