@@ -4,6 +4,7 @@ import os
 import time
 from dataclasses import dataclass, field, fields
 from datetime import datetime
+from decimal import Decimal
 from typing import Final, Literal
 from uuid import UUID
 
@@ -221,15 +222,16 @@ def guard(
     refusal is `standing`, a key whose value differs from its row counts as lost: an application
     that starts again from zero re-creates keys, and must not heal its own loss by that.
     """
-    if baseline is not None and baseline.present + baseline.absent:
-        if not seen.present and baseline.present > baseline.pruned:
+    known = baseline.present - baseline.pruned if baseline is not None else 0
+    if baseline is not None and known > 0:
+        if not seen.present:
             return Refusal(
                 mapping, "loss", f"Redis has no key at all, but {baseline.present:,} were known"
             )
-        lost = max(seen.absent - baseline.absent - baseline.pruned, 0)
+        # A row that others have added since has no key either: no more than is known can be lost.
+        lost = min(max(seen.absent - baseline.absent - baseline.pruned, 0), known)
         returned_changed = seen.changed if standing else 0
-        limit = max_loss * baseline.present
-        if lost + returned_changed > limit:
+        if exceeds(lost + returned_changed, max_loss, baseline.present):
             changed = f" and {seen.changed:,} came back changed" if returned_changed else ""
             return Refusal(
                 mapping,
@@ -238,7 +240,7 @@ def guard(
                 f"more than guard.max_loss = {max_loss:g}",
             )
     writes = seen.changed + seen.deletable
-    if max_change < 1 and writes > max_change * seen.target_rows and seen.target_rows:
+    if max_change < 1 and seen.target_rows and exceeds(writes, max_change, seen.target_rows):
         return Refusal(
             mapping,
             "change",
@@ -246,6 +248,16 @@ def guard(
             f"more than guard.max_change = {max_change:g}",
         )
     return None
+
+
+def exceeds(part: int, share: float, whole: int) -> bool:
+    """Whether `part` is more than this share of `whole`, the share as it is written.
+
+    >>> exceeds(29, 0.29, 100)
+    False
+    """
+    # In binary, 0.29 * 100 is less than 29.
+    return part > Decimal(repr(share)) * whole
 
 
 _UNIX_MS_BITS: Final = 48

@@ -16,7 +16,7 @@ from balancesync.config import Config
 from balancesync.database import Database, Steps
 from balancesync.errors import ConfigError, MappingFailed, Refused, RunFailed, TargetMismatch
 from balancesync.mapping import Mapping
-from balancesync.model import Refusal, Reject, Request, Run
+from balancesync.model import Refusal, Reject, Request, Run, exceeds
 from balancesync.part import Part, reading_of
 from balancesync.records import Records, Remembered
 from balancesync.report import Report, describe, reread, spare_present
@@ -238,7 +238,7 @@ class Pipeline:
         sizes = await self._source.dbsize()
         emptied = any(size and not sizes.get(primary) for primary, size in self._sizes.items())
         before, now = sum(self._sizes.values()), sum(sizes.values())
-        if not emptied and now >= before * (1 - self._config.guard.max_loss):
+        if not emptied and not exceeds(before - now, self._config.guard.max_loss, before):
             return []
         reason = f"Redis fell from {before:,} keys to {now:,} during the run"
         return [Refusal(part.mapping.name, "loss", reason) for part in parts]
@@ -304,7 +304,7 @@ class Pipeline:
         problems = list(self._failures)
         rejected, present = self._run.counts.rejected, sum(part.present for part in parts)
         limit = self._config.guard.max_rejects
-        if self._run.mode == "apply" and rejected > limit * present:
+        if self._run.mode == "apply" and exceeds(rejected, limit, present):
             problems.append(
                 f"{rejected:,} of {present:,} keys are rejects, more than guard.max_rejects ="
                 f" {limit:g}; the others are applied, see `balancesync rejects`"
