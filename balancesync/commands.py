@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 import sys
+import threading
 from argparse import Namespace
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
@@ -111,7 +112,13 @@ def _say_drift(document: Document, *, quiet: bool) -> int:
 
 @contextmanager
 def _stopping(work: Sync) -> Iterator[None]:
-    """SIGINT and SIGTERM end the run at its next batch; a second one ends the process at once."""
+    """SIGINT and SIGTERM end the run at its next batch; a second one ends the process at once.
+
+    Only the main thread can have handlers: elsewhere there are none.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     loop = asyncio.get_running_loop()
     asked: list[str] = []
 

