@@ -193,6 +193,7 @@ class Connection(asyncio.Protocol):
         self._ended = loop.create_future()
         self._failure: BalanceSyncError | None = None
         self._quiet = 0
+        self._heard = False
         self._watch: asyncio.TimerHandle | None = None
 
     @property
@@ -298,6 +299,7 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         """Called by the event loop."""
         self._quiet = 0
+        self._heard = True
         waiting = self._waiting
         try:
             self._reader.feed(data)
@@ -321,7 +323,8 @@ class Connection(asyncio.Protocol):
         """Called by the event loop."""
         if self._failure is None:
             self.lost = True
-            self._fail(self._unavailable("closed the connection"))
+            hint = "" if self._heard or self._access.tls else "; does it want TLS, rediss://?"
+            self._fail(self._unavailable(f"closed the connection{hint}"))
         if self._watch is not None:
             self._watch.cancel()
             self._watch = None

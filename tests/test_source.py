@@ -1,4 +1,8 @@
 import asyncio
+import contextlib
+import shutil
+import ssl
+import subprocess
 import time
 import tracemalloc
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -512,6 +516,52 @@ async def test_tls_options(redis_url: str, tmp_path: Path) -> None:
     async with source_of(f"rediss://127.0.0.1:{port}", timeout=0.2) as source:
         with pytest.raises(BalanceSyncError, match="TLS"):
             await source.ping()
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> Path:
+    """A certificate of `localhost` by nobody in particular, with its key."""
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("there is no openssl to make a certificate")
+    path = tmp_path / "localhost.pem"
+    options = "-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost"
+    command = [openssl, "req", "-x509", *options.split(), "-addext", "subjectAltName=DNS:localhost"]
+    made = subprocess.run([*command, "-keyout", "-", "-out", "-"], check=True, capture_output=True)
+    path.write_bytes(made.stdout)
+    return path
+
+
+async def test_tls(redis_url: str, redis: Redis, certificate: Path) -> None:
+    expected = await fill(redis, 2_000)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    target = urlsplit(redis_url)
+
+    async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        behind = await asyncio.open_connection(target.hostname, target.port)
+        await asyncio.gather(pump(reader, behind[1]), pump(behind[0], writer))
+
+    # The embedded servers speak no TLS: this end does it for them.
+    server = await asyncio.start_server(relay, "localhost", ssl=context)
+    address = f"localhost:{server.sockets[0].getsockname()[1]}{target.path}"
+    async with server:
+        async with source_of(f"rediss://{address}?ssl_ca_certs={certificate}") as source:
+            assert (await read(source, BALANCES))[0] == expected
+        async with source_of(f"rediss://{address}") as source:
+            with pytest.raises(ConfigError, match=r"the certificate .* isn't accepted: self"):
+                await source.identity()
+        async with source_of(f"redis://{address}") as source:
+            with pytest.raises(RedisUnavailable, match="does it want TLS"):
+                await source.identity()
+
+
+async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    with contextlib.suppress(ConnectionError):
+        while data := await reader.read(65_536):
+            writer.write(data)
+            await writer.drain()
+    writer.close()
 
 
 async def test_reading_keys_by_name(source: Source, redis: Redis) -> None:
