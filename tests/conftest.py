@@ -8,14 +8,17 @@ the tests empty over and over) name.
 import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack
+from typing import Any
 from urllib.parse import urlsplit
 from uuid import uuid4
 
 import asyncpg
 import pytest
+from engine import Engine, make_config
 from redis.asyncio import Redis
 
 from balancesync.embedded import PostgresServer, RedisServer
+from balancesync.source import Source
 
 POSTGRES = "BALANCESYNC_TEST_POSTGRES"
 REDIS = "BALANCESYNC_TEST_REDIS"
@@ -94,6 +97,28 @@ async def redis(redis_url: str) -> AsyncIterator[Redis]:
     """A raw client of the test's Redis, with bytes for replies."""
     async with Redis.from_url(redis_url, protocol=2, decode_responses=False) as client:
         yield client
+
+
+@pytest.fixture
+async def engine(postgres_dsn: str, redis_url: str) -> AsyncIterator[Callable[..., Engine]]:
+    """Makes engines on the test's servers, of mappings and sections as the configuration has them.
+
+    `dsn` and `source` stand in for the superuser's DSN and for the class that reads Redis.
+    """
+    made: list[Engine] = []
+
+    def make(
+        *mappings: dict[str, Any],
+        dsn: str = postgres_dsn,
+        source: type[Source] = Source,
+        **sections: Any,
+    ) -> Engine:
+        made.append(Engine(make_config(dsn, redis_url, *mappings, **sections), source))
+        return made[-1]
+
+    yield make
+    for each in made:
+        await each.close()
 
 
 @pytest.fixture
