@@ -15,7 +15,8 @@
     │       └── PostgresUnavailable 75
     ├── RunFailed                    1
     │   ├── MappingFailed            1
-    │   └── Cancelled                1
+    │   ├── Cancelled                1
+    │   └── Interrupted              1
     └── EmbeddedError                1
 
 An exception raised without a message says the first paragraph of its class's docstring. A message
@@ -109,6 +110,10 @@ class MappingFailed(RunFailed):
 
 class Cancelled(RunFailed):
     """The run was cancelled."""
+
+
+class Interrupted(RunFailed):
+    """The run was interrupted: balancesync is stopping."""
 
 
 class EmbeddedError(BalanceSyncError):

@@ -3,7 +3,7 @@
 import os
 import time
 from dataclasses import dataclass, field, fields
-from datetime import datetime
+from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Final, Literal
 from uuid import UUID
@@ -258,6 +258,19 @@ def exceeds(part: int, share: float, whole: int) -> bool:
     """
     # In binary, 0.29 * 100 is less than 29.
     return part > Decimal(repr(share)) * whole
+
+
+def new_run(request: Request) -> Run:
+    """Make the run that a request waits for: queued now, with an id of its own."""
+    return Run(
+        id=new_run_id(),
+        job=request.job,
+        trigger=request.trigger,
+        mode=request.mode,
+        status="queued",
+        started_at=datetime.now(UTC),
+        mapping=request.mapping,
+    )
 
 
 _UNIX_MS_BITS: Final = 48

@@ -55,6 +55,7 @@ class Pipeline:
         request: Request,
         committed: dict[str, Applied],
         on_progress: Callable[[Progress], None],
+        on_alive: Callable[[], None],
     ) -> None:
         self.recorded = False
         self.reports: list[Report] = []
@@ -65,6 +66,7 @@ class Pipeline:
         self._request = request
         self._committed = committed
         self._on_progress = on_progress
+        self._on_alive = on_alive
         self._records = Records(database)
         self._steps = Steps(database)
         self._logged_rejects = 0
@@ -77,7 +79,7 @@ class Pipeline:
 
         Raises BalanceSyncError: Transient ones may be tried again.
         """
-        session = await Session.open(self._database)
+        session = await Session.open(self._database, self._on_alive)
         try:
             with self._database.translated():
                 await self._open(session, wait_s)

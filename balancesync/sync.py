@@ -3,6 +3,7 @@
 import asyncio
 import random
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 
 import structlog
@@ -13,10 +14,14 @@ from balancesync.database import Database
 from balancesync.errors import (
     BalanceSyncError,
     Cancelled,
+    Interrupted,
+    LockHeld,
     Refused,
+    RunFailed,
     Transient,
+    Unavailable,
 )
-from balancesync.model import Request, Run, Status, new_run_id
+from balancesync.model import Request, Run, Status, new_run
 from balancesync.pipeline import Pipeline, Progress
 from balancesync.records import Records
 from balancesync.report import Report
@@ -29,7 +34,8 @@ class Sync:
     """Executes one request of the job sync or verify.
 
     `failure` is the error behind a status that isn't success, `reports` what a dry run or verify
-    found. `on_progress` is called often and must be quick.
+    found, `has_read` whether the first key was read. `on_progress` is called often and must be
+    quick; `on_alive` during a long statement, whenever PostgreSQL proves to be at work on it.
     """
 
     def __init__(
@@ -38,6 +44,7 @@ class Sync:
         database: Database,
         source: Source,
         on_progress: Callable[[Progress], None] = lambda progress: None,
+        on_alive: Callable[[], None] = lambda: None,
     ) -> None:
         self.failure: BalanceSyncError | None = None
         self.reports: list[Report] = []
@@ -45,27 +52,43 @@ class Sync:
         self._database = database
         self._source = source
         self._on_progress = on_progress
-        self._stopping: str | None = None
+        self._on_alive = on_alive
+        self.has_read = False
+        self._ending: RunFailed | None = None
+        self._ended = asyncio.Event()
         self._recorded = False
 
     def stop(self, reason: str) -> None:
         """End the run at its next batch, as cancelled; what is committed stays."""
-        self._stopping = reason
+        self._end(Cancelled(reason))
 
-    async def run(self, request: Request, *, wait_s: float = 0.0) -> Run:
+    def interrupt(self) -> None:
+        """End the run at its next batch, as interrupted, since the process is to end."""
+        self._end(Interrupted())
+
+    def _end(self, ending: RunFailed) -> None:
+        self._ending = self._ending or ending
+        self._ended.set()
+
+    async def run(
+        self,
+        request: Request,
+        *,
+        wait_s: float = 0.0,
+        queued: Run | None = None,
+        postpone: bool = False,
+    ) -> Run:
         """Execute the request to its end; what was to be expected is a status, never raised.
 
-        `wait_s` is how long to wait for the writer's lock, in seconds.
+        Args:
+            request: what to do.
+            wait_s: how long to wait for the writer's lock, in seconds.
+            queued: the run that was made for the request when it came, to be started now.
+            postpone: end as postponed, at the first failure, while a server can't be reached or
+                the lock is held; without it a server is tried again as `[retry]` says.
         """
-        run = Run(
-            id=new_run_id(),
-            job=request.job,
-            trigger=request.trigger,
-            mode=request.mode,
-            status="running",
-            started_at=datetime.now(UTC),
-            mapping=request.mapping,
-        )
+        run = queued or new_run(request)
+        run.status, run.started_at = "running", datetime.now(UTC)
         loop = asyncio.get_running_loop()
         begun = loop.time()
 
@@ -74,18 +97,24 @@ class Sync:
             run.duration_s = round(loop.time() - begun, 3)
 
         try:
-            await self._attempts(run, request, wait_s, close)
+            await self._attempts(run, request, wait_s, close, postpone=postpone)
         except BalanceSyncError as error:
             self.failure = error
             run.error = str(error)
-            run.status = _status_of(error)
+            run.status = _status_of(error, postpone=postpone)
             close()
             await self._record(run)
         _log_run(run)
         return run
 
     async def _attempts(
-        self, run: Run, request: Request, wait_s: float, close: Callable[[], None]
+        self,
+        run: Run,
+        request: Request,
+        wait_s: float,
+        close: Callable[[], None],
+        *,
+        postpone: bool,
     ) -> None:
         retry = self._config.retry
         committed: dict[str, Applied] = {}
@@ -99,11 +128,13 @@ class Sync:
                 request=request,
                 committed=committed,
                 on_progress=self._progress,
+                on_alive=self._on_alive,
             )
             try:
                 await pipeline.execute(wait_s, close)
             except Transient as error:
-                if run.attempts >= retry.attempts:
+                gives_way = postpone and isinstance(error, Unavailable)
+                if gives_way or run.attempts >= retry.attempts:
                     raise
                 ceiling = min(retry.maximum, retry.initial * 2 ** (run.attempts - 1))
                 pause = random.uniform(0, ceiling)  # noqa: S311  # full jitter, no secret
@@ -114,7 +145,11 @@ class Sync:
                     pause_s=round(pause, 3),
                     error=str(error),
                 )
-                await asyncio.sleep(pause)
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(pause):
+                        await self._ended.wait()
+                if self._ending is not None:
+                    raise self._ending from error
             else:
                 self.reports = pipeline.reports
                 return
@@ -122,8 +157,9 @@ class Sync:
                 self._recorded |= pipeline.recorded
 
     def _progress(self, progress: Progress) -> None:
-        if self._stopping is not None:
-            raise Cancelled(self._stopping)
+        if self._ending is not None:
+            raise self._ending
+        self.has_read |= progress.done > 0
         self._on_progress(progress)
 
     async def _record(self, run: Run) -> None:
@@ -137,12 +173,16 @@ class Sync:
             log.error("the run could not be recorded", run=str(run.id), error=str(error))
 
 
-def _status_of(error: BalanceSyncError) -> Status:
+def _status_of(error: BalanceSyncError, *, postpone: bool) -> Status:
     match error:
+        case Unavailable() | LockHeld() if postpone:
+            return "postponed"
         case Refused():
             return "refused"
         case Cancelled():
             return "cancelled"
+        case Interrupted():
+            return "interrupted"
     return "failed"
 
 

@@ -75,15 +75,22 @@ class Row:
 class Session:
     """A PostgreSQL connection of one's own, for one run or for live mode's flushes."""
 
-    def __init__(self, database: Database, connection: Connection) -> None:
+    def __init__(
+        self, database: Database, connection: Connection, on_alive: Callable[[], None]
+    ) -> None:
         self.database = database
         self.connection = connection
-        self.progress: Callable[[], None] = lambda: None
+        self._on_alive = on_alive
 
     @classmethod
-    async def open(cls, database: Database) -> "Session":
-        """Connect; raises PostgresUnavailable or ConfigError."""
-        session = cls(database, await database.connect())
+    async def open(
+        cls, database: Database, on_alive: Callable[[], None] = lambda: None
+    ) -> "Session":
+        """Connect; raises PostgresUnavailable or ConfigError.
+
+        `on_alive` is called during a long statement, whenever PostgreSQL proves to be at work.
+        """
+        session = cls(database, await database.connect(), on_alive)
         try:
             with database.translated():
                 for name, value in _SETTINGS.items():
@@ -139,7 +146,7 @@ class Session:
                     if done:
                         return task.result()
                     await self._prove_alive(task)
-                    self.progress()
+                    self._on_alive()
         finally:
             if not task.done():
                 # The driver would wait for PostgreSQL to confirm: drop the connection first.
