@@ -227,11 +227,6 @@ class KeyForm:
             avoid = avoid[:1]
         limit = min(KEY_BYTES, _ENTRY_BYTES // len(self.columns))
         found = [column.pattern(avoid, limit) for column in self.columns]
-        literals = b"".join((self.prefix, *self.separators, self.suffix))
-        # A literal that COPY would have to escape, like a type that needs a separator's bytes,
-        # leaves no key that the pattern could take.
-        if set(b"\t\n\\") & set(literals):
-            return [_NEVER] * len(found)
         return [_NEVER if pattern is None else pattern for pattern in found]
 
 

@@ -138,7 +138,7 @@ class Mapping:
         if len(raw) > VALUE_BYTES:
             return Unfit("value_too_large", f"{len(raw):,} bytes, the limit is {VALUE_BYTES:,}")
         try:
-            pairs = self._json.decode(raw.decode())
+            pairs = self._decode(raw.decode())
         except UnicodeDecodeError as error:
             return Unfit("not_utf8", f"{show(raw)} isn't UTF-8 at byte {error.start:,}")
         except RecursionError:
@@ -155,11 +155,22 @@ class Mapping:
                     return Unfit("not_json", f"{field} is there twice")
         texts = list[bytes | None]()
         for column, field in zip(self._columns, self._fields, strict=True):
-            text = _json_text(column, found.get(field))
-            if isinstance(text, Unfit):
-                return text
+            text = found.get(field)
+            if text is not None:
+                text = _json_text(column, text)
+                if isinstance(text, Unfit):
+                    return text
             texts.append(text)
         return texts
+
+    def _decode(self, text: str) -> object:
+        if text[:1] != "{" or text[-1:] != "}":
+            return self._json.decode(text)
+        # The same without looking for blanks around it, a third faster.
+        document, end = self._json.raw_decode(text)
+        if end < len(text):
+            raise json.JSONDecodeError("Extra data", text, end)
+        return document
 
     def _join(self, keys: list[bytes], values: Sequence[_Opened]) -> bytes:
         """Make a line of each record; an empty one if it must be judged by itself."""
@@ -271,10 +282,8 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no number of JSON")
 
 
-def _json_text(column: ValueColumn, value: object) -> bytes | Unfit | None:
-    """Give the text of a document's member as it would stand in a hash; None for null."""
-    if value is None:
-        return None
+def _json_text(column: ValueColumn, value: object) -> bytes | Unfit:
+    """Give the text of a document's member as it would stand in a hash."""
     if isinstance(value, str) and not (column.is_text and isinstance(value, _Token)):
         try:
             return value.encode()

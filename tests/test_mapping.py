@@ -393,6 +393,12 @@ def test_vanished_and_other_types_leave_the_rest_alone() -> None:
     assert (bad_key.reason, bad_key.row) == ("key_syntax", None)
 
 
+def test_a_long_batch() -> None:
+    records: list[tuple[bytes, RawValue]] = [(b"balance:%d" % user, b"5") for user in range(9000)]
+    rows = parse(mapping(), records).rows
+    assert rows == b"".join(b"%d\t5\n" % user for user in range(9000))
+
+
 def test_a_key_read_twice_keeps_its_order() -> None:
     result = parse(mapping(), [(b"balance:1", b"1"), (b"balance:1", b"x"), (b"balance:1", b"2e0")])
     assert result.rows == b"1\t1\n1\t2\n"
@@ -528,13 +534,17 @@ def test_a_key_of_another_form_is_a_reject_if_it_comes_this_far(key: bytes) -> N
         ("{a}/{b}", ("text", "text"), "tab\t/new\n", ("tab\t", "new\n")),
         ("{a}é{b}", ("text", "text"), "öéü", ("ö", "ü")),
         ("b:\t{a}", ("text",), "b:\tx", ("x",)),
+        ("b\n{a}", ("text",), "b\nx", ("x",)),
+        ("{a}-{b}:{c}", ("text",) * 3, "x-y:z", ("x", "y", "z")),
+        ("{a}-{b}:{c}", ("text",) * 3, "x-y:z:w", "key_ambiguous"),
+        ("{a}-{b}:{c}", ("text",) * 3, "x:w-y:z", ("x:w", "y", "z")),
         ("b:\\{a}:x", ("text",), "b:\\1:x", ("1",)),
     ],
 )
 def test_a_key_splits_in_one_way_only(
     template: str, sql: tuple[str, ...], key: str, expected: str | tuple[str, ...]
 ) -> None:
-    columns = dict(zip("ab", sql, strict=False)) | {"balance": "bigint"}
+    columns = dict(zip("abc", sql, strict=False)) | {"balance": "bigint"}
     one = mapping(key=template, columns=columns)
     found, split = outcome(one, key.encode(), b"1"), one.split_key(key.encode())
     if isinstance(expected, str):
