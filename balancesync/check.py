@@ -23,7 +23,7 @@ from balancesync.errors import (
 from balancesync.mapping import Mapping
 from balancesync.model import Batch, Reject
 from balancesync.nodes import Facts
-from balancesync.reading import Reading
+from balancesync.part import reading_of
 from balancesync.source import Sample, Source
 from balancesync.table import Table
 from balancesync.values import show
@@ -290,17 +290,6 @@ async def _judge_missing(connection: Connection, mapping: MappingConfig) -> Find
 # --- what the keys hold ---------------------------------------------------------------------------
 
 
-def reading_of(mapping: Mapping) -> Reading:
-    """What to read of Redis for a mapping."""
-    return Reading(
-        type=mapping.config.type,
-        match=mapping.match,
-        fields=tuple(mapping.redis_fields),
-        member_key=mapping.member_key,
-        select=mapping.select,
-    )
-
-
 async def _check_sample(
     config: MappingConfig, table: Table | None, source: Source
 ) -> AsyncIterator[Finding]:
@@ -332,14 +321,12 @@ def _judge_rejects(config: MappingConfig, batch: Batch) -> list[Finding]:
     counts = Counter[str](reject.reason for reject in batch.rejects)
     found = []
     for reason, count in counts.most_common():
-        example = f"{show(first[reason].key)}: {first[reason].detail}"
-        text = (
-            f"{count:,} of {_seen(batch):,} sampled values would be rejects ({reason}): {example}"
-        )
+        text = f"{count:,} of {_seen(batch):,} sampled values would be rejects ({reason}), such as"
+        text += f" {show(first[reason].key)}: {first[reason].detail}"
         if reason == "residue":
             text += (
-                f'. Set tolerance = "{_TOLERANCE}" in this mapping: such tails are left by'
-                " INCRBYFLOAT and mean the amount next to them"
+                f'. Set tolerance = "{_tolerance(config):f}" in this mapping: such tails are left'
+                " by INCRBYFLOAT and mean the amount next to them"
             )
         found.append(Finding("warning", config.name, text))
     return found
