@@ -23,6 +23,7 @@ from balancesync.sync import Sync
 _COMPANY_S: Final = 1.0
 # A progress event is for people: more often than this only costs.
 _PROGRESS_S: Final = 0.5
+_GRACE_S: Final = 30.0
 
 Publish = Callable[[str, Document], None]
 
@@ -73,6 +74,12 @@ class Runner:
     def queued(self) -> tuple[Ticket, ...]:
         """What waits, in the order it will run."""
         return tuple(self._queue)
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether nothing has moved for longer than any time-out or pause can explain."""
+        longest_s = 2 * self._config.postgres.timeout + self._config.retry.maximum + _GRACE_S
+        return asyncio.get_running_loop().time() - self.beat > longest_s
 
     def submit(self, request: Request) -> tuple[Ticket, Literal["started", "queued"]]:
         """Take a request in: it joins a run that hasn't read its first key, or waits its turn."""

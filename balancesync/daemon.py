@@ -1,0 +1,168 @@
+"""`balancesync run`: starts everything in order, lets it run, and ends it in order."""
+
+import asyncio
+import os
+import signal
+import socket
+from collections.abc import Callable
+from typing import Final
+
+import structlog
+
+from balancesync.config import Config, JobConfig
+from balancesync.database import Database
+from balancesync.leadership import Leadership
+from balancesync.model import Request
+from balancesync.notify import Notifier
+from balancesync.probing import Probing
+from balancesync.runner import Runner
+from balancesync.schedule import Schedule
+from balancesync.source import Source
+from balancesync.state import Events, State
+from balancesync.web import Web
+
+_STATUS_S: Final = 1.0
+_SECOND_SIGNAL: Final = 1
+
+log = structlog.get_logger("balancesync")
+
+
+class Daemon:
+    """One process: schedule, runner, HTTP, signals. Made and run once."""
+
+    def __init__(self, config: Config, notifier: Notifier | None = None) -> None:
+        self.state = State(name=f"{socket.gethostname()}:{os.getpid()}")
+        self.events = Events()
+        self._config = config
+        self._notifier = notifier or Notifier()
+        self._database = Database(config.postgres)
+        self._source = Source(config.redis)
+        self.runner = Runner(config, self._database, self._source, self.events.publish)
+        self._schedule = Schedule(config.schedule, self._fire)
+        self._leadership = Leadership(self._database, self.state.name, self._lead)
+        self._probing = Probing(
+            config,
+            self._database,
+            self._source,
+            state=self.state,
+            events=self.events,
+            runner=self.runner,
+        )
+        self._web = Web(
+            config,
+            self._database,
+            self._source,
+            state=self.state,
+            events=self.events,
+            runner=self.runner,
+            schedule=self._schedule,
+        )
+        self._stop = asyncio.Event()
+
+    async def run(self) -> None:
+        """Run until SIGTERM or SIGINT; raises ConfigError if the port can't be had."""
+        loop = asyncio.get_running_loop()
+        handlers: dict[signal.Signals, Callable[[], None]] = {
+            signal.SIGTERM: self.stop,
+            signal.SIGINT: self.stop,
+            signal.SIGHUP: self._hang_up,
+        }
+        for number, handler in handlers.items():
+            loop.add_signal_handler(number, handler)
+        try:
+            await self._web.start()
+            self._schedule.start()
+            self.state.ready = True
+            log.info("balancesync is up", name=self.state.name, http=self._web.address)
+            self._notifier.send("READY=1", "STATUS=starting")
+            await self._serve()
+        finally:
+            self._notifier.send("STOPPING=1")
+            self._schedule.stop()
+            await self._web.stop()
+            await self._source.close()
+            await self._database.close()
+            for number in handlers:
+                loop.remove_signal_handler(number)
+            log.info("balancesync has stopped", name=self.state.name)
+
+    async def _serve(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            helpers = [
+                group.create_task(self._leadership.serve()),
+                group.create_task(self._probing.serve()),
+                group.create_task(self._report()),
+            ]
+            running = group.create_task(self.runner.serve())
+            await self._stop.wait()
+            self.state.draining = True
+            self.runner.drain()
+            await running
+            self.events.close()
+            for helper in helpers:
+                helper.cancel()
+
+    def stop(self) -> None:
+        """Drain and end: no new run, the current batch ends. Asked a second time: exit 1 now."""
+        if self._stop.is_set():
+            log.error("a second signal: exiting at once, the run is left as interrupted")
+            os._exit(_SECOND_SIGNAL)
+        log.info("stopping: the current batch ends, nothing new is started")
+        self._stop.set()
+
+    def _hang_up(self) -> None:
+        log.info("SIGHUP: a forced sync; the configuration is not read again, restart for that")
+        self._request(Request("sync", "sighup"))
+
+    def _fire(self, name: str, job: JobConfig) -> None:
+        mode = "verify" if job.job == "verify" else "apply"
+        self._request(Request(job.job, f"cron:{name}", mode=mode, force=False))
+
+    def _request(self, request: Request) -> None:
+        if not self.state.leader and self.state.postgres.connected:
+            log.debug("a standby runs nothing", trigger=request.trigger)
+        elif not self.state.draining:
+            self.runner.submit(request)
+
+    def _lead(self, leads: bool, leader: str | None) -> None:  # noqa: FBT001  # a callback
+        before = (self.state.leader, self.state.leader_name)
+        if (leads, leader) == before:
+            return
+        self.state.leader, self.state.leader_name = leads, leader
+        self.events.publish("leader", {"leads": leads, "leader": leader})
+        if not leads and leader:
+            self.runner.owed.clear()
+        log.info("leading" if leads else "standing by", leader=leader)
+        if leads and self._config.schedule.on_start:
+            self.runner.submit(Request("sync", "startup", force=False))
+
+    async def _report(self) -> None:
+        """Tell systemd how things are; WATCHDOG only while loop and runner make progress."""
+        watchdog_s = self._notifier.watchdog_s
+        period = min(_STATUS_S, watchdog_s / 3) if watchdog_s else _STATUS_S
+        told = ""
+        while True:
+            status = self._status()
+            if status != told:
+                self._notifier.send(f"STATUS={status}")
+                told = status
+            if watchdog_s and not self.runner.is_stuck:
+                self._notifier.send("WATCHDOG=1")
+            await asyncio.sleep(period)
+
+    def _status(self) -> str:
+        state = self.state
+        down = [
+            f"{name} down: {server.error}"
+            for name, server in (("Redis", state.redis), ("PostgreSQL", state.postgres))
+            if not server.connected
+        ]
+        current = self.runner.current
+        if down:
+            return "; ".join(down)
+        if current:
+            progress = current.progress
+            return f"running {current.run.job}: {progress.phase if progress else 'starting'}"
+        return "idle" if state.leader else f"standby, {state.leader_name or 'nobody'} leads"
+
+

@@ -1,0 +1,99 @@
+"""Asking both servers over and over how they are, and what follows: recovery runs, early alarms."""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from typing import Final
+
+import structlog
+
+from balancesync.config import Config
+from balancesync.database import Database
+from balancesync.errors import BalanceSyncError
+from balancesync.model import Request
+from balancesync.overview import Server, probe_postgres, probe_redis
+from balancesync.runner import Runner
+from balancesync.source import Source
+from balancesync.state import Events, State
+
+_CALM_S: Final = 5.0
+_TROUBLED_S: Final = 1.0
+_LONGEST_PAUSE_S: Final = 60.0
+
+log = structlog.get_logger("balancesync")
+
+
+class Probing:
+    """Keeps `state.redis` and `state.postgres` true, and asks the runner for what is owed."""
+
+    def __init__(
+        self,
+        config: Config,
+        database: Database,
+        source: Source,
+        *,
+        state: State,
+        events: Events,
+        runner: Runner,
+    ) -> None:
+        self._config = config
+        self._database = database
+        self._source = source
+        self._state = state
+        self._events = events
+        self._runner = runner
+        self._size: int | None = None
+        self._pause = _TROUBLED_S
+        self._retry_at = 0.0
+
+    async def serve(self) -> None:
+        """Probe until cancelled."""
+        while True:
+            await self.probe()
+            well = self._state.redis.connected and self._state.postgres.connected
+            if well and self._state.leader:
+                await self._watch_size()
+                self._recover()
+            await asyncio.sleep(_CALM_S if well and not self._runner.owed else _TROUBLED_S)
+
+    async def probe(self) -> None:
+        """Ask both servers once; tells of what changed."""
+        redis, postgres = await asyncio.gather(
+            probe_redis(self._source), probe_postgres(self._database)
+        )
+        self._tell("redis", self._state.redis, redis)
+        self._tell("postgres", self._state.postgres, postgres)
+        self._state.redis, self._state.postgres = redis, postgres
+
+    def _tell(self, kind: str, before: Server, now: Server) -> None:
+        if (before.connected, before.error) == (now.connected, now.error):
+            return
+        self._events.publish(kind, asdict(now))
+        if now.connected:
+            log.info(f"{kind} answers", version=now.version, latency_ms=now.latency_ms)
+        else:
+            log.warning(f"{kind} doesn't answer", error=now.error)
+
+    async def _watch_size(self) -> None:
+        """Ask for a run at once when Redis has lost keys: the guard then says so at once, too."""
+        try:
+            size = sum((await self._source.dbsize()).values())
+        except BalanceSyncError as error:
+            log.debug("DBSIZE could not be asked", error=str(error))
+            return
+        before, self._size = self._size, size
+        if before and size < before * (1 - self._config.guard.max_loss):
+            log.error("Redis has lost keys", before=before, now=size)
+            self._runner.submit(Request("sync", "recovery"))
+
+    def _recover(self) -> None:
+        """Start what was postponed, ever less often while it goes on failing."""
+        now = asyncio.get_running_loop().time()
+        owed = list(self._runner.owed.values())
+        if not owed:
+            self._pause, self._retry_at = _TROUBLED_S, 0.0
+        elif now >= self._retry_at and self._runner.current is None:
+            self._retry_at = now + self._pause
+            self._pause = min(2 * self._pause, _LONGEST_PAUSE_S)
+            for request in owed:
+                self._runner.submit(replace(request, trigger="recovery"))
