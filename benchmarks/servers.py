@@ -1,0 +1,163 @@
+"""The benchmark's own servers, its data in them, and workers: processes that are measured."""
+
+import asyncio
+import json
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import asyncpg
+from pydantic import SecretStr
+
+from balancesync.config import RedisConfig
+from balancesync.embedded import PostgresServer, RedisServer
+from balancesync.source import Source
+from benchmarks import data
+from benchmarks.data import STRINGS, Dataset
+
+# Durable, as in production. No checkpoint and no autovacuum falls into a measurement by chance:
+# both are done by hand before each.
+POSTGRES: Final = {
+    "shared_buffers": "512MB",
+    "effective_cache_size": "4GB",
+    "max_wal_size": "8GB",
+    "checkpoint_timeout": "1h",
+    "autovacuum": "off",
+}
+_POLL_S: Final = 0.02
+_POLLS: Final = 3000
+
+
+class Broken(Exception):
+    """The benchmark itself doesn't work: a worker failed, or did other work than it was to do."""
+
+
+@dataclass
+class Bench:
+    """Both servers, the sizes asked for, and what is in Redis now."""
+
+    keys: int
+    runs: int
+    quick: bool
+    dsn: str
+    url: str
+    sql: asyncpg.Connection
+    phases: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    seed: int = 0
+    _holds: tuple[str, int] = ("", 0)
+
+    async def hold(self, dataset: Dataset, keys: int = 0) -> None:
+        """Make Redis hold this dataset with `keys` records (0: as many as asked for) alone."""
+        wanted = (dataset.name, keys or self.keys)
+        if self._holds != wanted:
+            data.flush(self.url)
+            self.seed += 1
+            data.fill(self.url, dataset, range(1, wanted[1] + 1), self.seed)
+            self._holds = wanted
+
+    def change(self, dataset: Dataset, step: int) -> int:
+        """Give every `step`th record a new balance; returns how many."""
+        self.seed += 1
+        numbers = range(1 + self.seed % step, self._holds[1] + 1, step)
+        data.fill(self.url, dataset, numbers, self.seed)
+        return len(numbers)
+
+    async def work(self, action: str, **parameters: Any) -> dict[str, Any]:
+        """Run one action of `worker` in a process of its own; returns what it reports."""
+        return await finish(await self.start(action, **parameters))
+
+    async def start(self, action: str, **parameters: Any) -> asyncio.subprocess.Process:
+        """Start one action of `worker` without waiting for it; `finish` does."""
+        given = {"url": self.url, "dsn": self.dsn} | parameters
+        return await start("benchmarks.worker", action, json.dumps(given))
+
+    async def seconds(self, action: str, **parameters: Any) -> float:
+        """The seconds that one action takes."""
+        return float((await self.work(action, **parameters))["seconds"])
+
+    async def sync(
+        self,
+        case: str,
+        dataset: Dataset = STRINGS,
+        expect: dict[str, int] | None = None,
+        **more: Any,
+    ) -> dict[str, Any]:
+        """Run one sync; raises Broken if its counts aren't those of `expect`."""
+        found = await self.work("sync", **({"mapping": dataset.mapping} | more))
+        wrong = {
+            k: (found["counts"][k], v) for k, v in (expect or {}).items() if found["counts"][k] != v
+        }
+        if wrong:
+            raise Broken(f"{case}: counts are not as they should be (found, expected): {wrong}")
+        self.phases.setdefault(case, []).append(found)
+        return found
+
+    async def synced(self, dataset: Dataset = STRINGS) -> None:
+        """Make Redis hold the dataset and the table agree with it."""
+        await self.hold(dataset)
+        found = await self.work("sync", mapping=dataset.mapping)
+        counts = found["counts"]
+        if counts["scanned"] != self.keys or counts["rejected"]:
+            raise Broken(f"preparing {dataset.name}: {counts}")
+        await self.rest(dataset.mapping["table"])
+
+    async def versions(self) -> str:
+        """Of both servers, in words."""
+        postgres = await self.sql.fetchval("SHOW server_version")
+        async with Source(RedisConfig(url=SecretStr(self.url))) as source:
+            identity = await source.identity()
+        return f"PostgreSQL {postgres}, {identity.server} {identity.version}"
+
+    async def settle(self) -> None:
+        """Wait for the end of all other sessions, which then have told their statistics."""
+        others = (
+            "SELECT count(*) FROM pg_stat_activity"
+            " WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()"
+        )
+        for _ in range(_POLLS):
+            if not await self.sql.fetchval(others):
+                return
+            await asyncio.sleep(_POLL_S)
+        raise Broken("another session of the benchmark's PostgreSQL doesn't end")
+
+    async def rest(self, *tables: str) -> None:
+        """Leave nothing to be done in the background: sessions end, vacuum, checkpoint."""
+        await self.settle()
+        for table in tables:
+            await self.sql.execute(f"VACUUM (ANALYZE) {table}")
+        await self.sql.execute("CHECKPOINT")
+
+
+@asynccontextmanager
+async def bench(keys: int, runs: int, *, quick: bool) -> AsyncIterator[Bench]:
+    """Start both servers for the length of a block."""
+    with PostgresServer(POSTGRES) as postgres, RedisServer() as redis:
+        connection = await asyncpg.connect(postgres.dsn)
+        try:
+            yield Bench(keys, runs, quick, postgres.dsn, redis.url, connection)
+        finally:
+            connection.terminate()
+
+
+async def start(module: str, *arguments: str) -> asyncio.subprocess.Process:
+    """Start one of this package's modules in a process of its own; `finish` waits for it."""
+    return await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        module,
+        *arguments,
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        limit=1 << 24,
+    )
+
+
+async def finish(process: asyncio.subprocess.Process) -> dict[str, Any]:
+    """What a worker reports at its end."""
+    output, _ = await process.communicate()
+    if process.returncode:
+        raise Broken("a worker failed; its error is above")
+    found: dict[str, Any] = json.loads(output)
+    return found

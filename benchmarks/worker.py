@@ -1,0 +1,124 @@
+"""One measured action in a process of its own; the clock starts after interpreter and imports.
+
+python -m benchmarks.worker ACTION JSON; prints what it found as JSON.
+"""
+
+import asyncio
+import inspect
+import json
+import resource
+import sys
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import uvloop
+from pydantic import SecretStr
+
+from balancesync import telemetry
+from balancesync.config import Config, LogConfig, MappingConfig, PostgresConfig, RedisConfig
+from balancesync.database import Database
+from balancesync.model import Request
+from balancesync.pipeline import Progress
+from balancesync.source import Source
+from balancesync.sync import Sync
+from benchmarks import client, reads, writes
+
+
+def peak_memory() -> int:
+    """The most bytes that this process had resident.
+
+    Of Linux's two counts the one that starts at exec: ru_maxrss begins with the parent's.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _config(url: str, dsn: str, mapping: dict[str, Any]) -> Config:
+    return Config(
+        redis=RedisConfig(url=SecretStr(url)),
+        postgres=PostgresConfig(dsn=SecretStr(dsn)),
+        mapping=(MappingConfig(**mapping),),
+        log=LogConfig(level="error"),
+    )
+
+
+async def _run(config: Config) -> dict[str, Any]:
+    """One run as `balancesync sync` does it; the moments are those of perf_counter."""
+    entered: dict[str, float] = {}
+
+    def on_progress(progress: Progress) -> None:
+        if progress.phase not in entered:
+            entered[progress.phase] = perf_counter()
+
+    database = Database(config.postgres)
+    async with Source(config.redis) as source:
+        work = Sync(config, database, source, on_progress)
+        begun = perf_counter()
+        run = await work.run(Request(job="sync", trigger="cli", mode="apply"), wait_s=30)
+        ended = perf_counter()
+    await database.close()
+    if work.failure is not None:
+        raise work.failure
+    diffed, applied = entered.get("diff", ended), entered.get("apply", ended)
+    return {
+        "seconds": ended - begun,
+        "scan": diffed - begun,
+        "diff": applied - diffed,
+        "apply": ended - applied,
+        "read_from": begun,
+        "read_to": diffed,
+        "counts": run.counts.as_dict(),
+    }
+
+
+async def sync(url: str, dsn: str, mapping: dict[str, Any]) -> dict[str, Any]:
+    """One run."""
+    found = await _run(_config(url, dsn, mapping))
+    return found | {"memory": peak_memory()}
+
+
+async def sync_for(url: str, dsn: str, mapping: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """Runs one after the other for so many seconds: when each was reading."""
+    config = _config(url, dsn, mapping)
+    until = perf_counter() + seconds
+    reading = []
+    while perf_counter() < until:
+        found = await _run(config)
+        reading.append((found["read_from"], found["read_to"]))
+    return {"reading": reading}
+
+
+ACTIONS: dict[str, Callable[..., Coroutine[Any, Any, Any]]] = {
+    "sync": sync,
+    "sync_for": sync_for,
+    "bare_read": reads.bare_read,
+    "source_read": reads.source_read,
+    "hmget": reads.hmget,
+    "raw_hmget": reads.raw_hmget,
+    "hscan": reads.hscan,
+    "copy": writes.copy,
+    "insert": writes.insert,
+    "update": writes.update,
+    "script": writes.script,
+    "orm": writes.orm,
+    "gets": client.gets,
+}
+
+
+def main() -> None:
+    """Do the action that the command line names."""
+    telemetry.configure(LogConfig(level="error"), stream_is_tty=False)
+    action, parameters = ACTIONS[sys.argv[1]], json.loads(sys.argv[2])
+    taken = inspect.signature(action).parameters
+    given = {name: value for name, value in parameters.items() if name in taken}
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        print(json.dumps(runner.run(action(**given))))
+
+
+if __name__ == "__main__":
+    main()
