@@ -31,6 +31,7 @@ class Column:
     generated: bool
     deterministic: bool
     collation: str | None
+    may_select: bool
     may_insert: bool
     may_update: bool
 
@@ -82,6 +83,11 @@ async def inspect(connection: Connection, mapping: MappingConfig) -> Table:
     rows = await connection.fetch(_SQL["columns"], relation["oid"])
     table = Table(name, relation["oid"], {row["name"]: Column(**row) for row in rows})
     misfits = _column_misfits(table, mapping) or await _index_misfits(connection, table, mapping)
+    if relation["has_children"]:
+        misfits.append(
+            "other tables inherit from it, and its unique index doesn't cover their rows; use"
+            " partitions, or map a table of its own"
+        )
     if relation["hidden_rows"]:
         misfits.append("row-level security hides rows from this role; use a role with BYPASSRLS")
     if misfits:
@@ -89,9 +95,7 @@ async def inspect(connection: Connection, mapping: MappingConfig) -> Table:
             f'mapping "{mapping.name}" doesn\'t fit the table {mapping.table}: '
             + "; ".join(misfits)
         )
-    if not relation["may_select"]:
-        raise RightMissing(f"this role may not read {mapping.table}; GRANT SELECT ON {name} to it")
-    _check_rights(table, mapping)
+    _check_rights(table, mapping, may_delete=relation["may_delete"])
     return table
 
 
@@ -103,8 +107,8 @@ def _column_misfits(table: Table, mapping: MappingConfig) -> list[str]:
             misfits.append(f'there is no column "{name}"')
         elif column.type != declared.sql:
             misfits.append(f'column "{name}" is {column.type}, not {declared.sql} as configured')
-        elif column.generated:
-            misfits.append(f'column "{name}" is generated and can\'t be written')
+        elif column.generated and (mapping.mode == "upsert" or name in mapping.value_columns):
+            misfits.append(f'column "{name}" is generated always and can\'t be written')
         elif name in mapping.key_columns and not column.deterministic:
             misfits.append(
                 f'key column "{name}" has a collation under which different keys are equal;'
@@ -119,6 +123,10 @@ def _column_misfits(table: Table, mapping: MappingConfig) -> list[str]:
             )
         elif column.type not in _SYNCED_AT_TYPES:
             misfits.append(f'column "{mapping.synced_at}" is {column.type}, not timestamptz')
+        elif column.generated:
+            misfits.append(
+                f'column "{mapping.synced_at}" is generated always and can\'t be written'
+            )
     if mapping.mode == "upsert":
         ours = {*mapping.columns, mapping.synced_at}
         misfits.extend(
@@ -141,15 +149,18 @@ async def _index_misfits(connection: Connection, table: Table, mapping: MappingC
     ]
 
 
-def _check_rights(table: Table, mapping: MappingConfig) -> None:
+def _check_rights(table: Table, mapping: MappingConfig, *, may_delete: bool) -> None:
+    columns = table.columns
+    deletes = mapping.on_absent == "delete"
     written = [*mapping.value_columns, *([mapping.synced_at] if mapping.synced_at else [])]
-    lacks = [f"UPDATE ({name})" for name in written if not table.columns[name].may_update]
+    read = [*mapping.columns, *([mapping.synced_at] if deletes else [])]
+    lacks = [f"SELECT ({name})" for name in read if not columns[name].may_select]
+    lacks += [f"UPDATE ({name})" for name in written if not columns[name].may_update]
     if mapping.mode == "upsert":
-        lacks += [
-            f"INSERT ({name})"
-            for name in [*mapping.key_columns, *written]
-            if not table.columns[name].may_insert
-        ]
+        inserted = [*mapping.key_columns, *written]
+        lacks += [f"INSERT ({name})" for name in inserted if not columns[name].may_insert]
+    if deletes and not may_delete:
+        lacks.append("DELETE")
     if lacks:
         raise RightMissing(
             f'mapping "{mapping.name}": this role lacks {", ".join(lacks)} on {mapping.table};'
@@ -168,6 +179,11 @@ async def create(connection: Connection, mapping: MappingConfig) -> Table:
     keys = ", ".join(quote(name) for name in mapping.key_columns)
     lines.append(f"PRIMARY KEY ({keys})")
     name = quote(*mapping.table_name)
+    if not schema and await connection.fetchval("SELECT current_schema()") is None:
+        raise TargetMismatch(
+            f'mapping "{mapping.name}": {mapping.table} can\'t be created, for the search path of'
+            " this role names no schema that is there; write schema.table"
+        )
     await connection.execute(f"CREATE TABLE IF NOT EXISTS {name} ({', '.join(lines)})")
     return await inspect(connection, mapping)
 

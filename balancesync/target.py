@@ -27,6 +27,8 @@ _SETTINGS: Final = {
     "work_mem": "64MB",
     "temp_buffers": "32MB",
     "jit": "off",
+    # Under a stricter one that the role has by default, a row that another writes is an error.
+    "default_transaction_isolation": "read committed",
     "statement_timeout": "0",
     "idle_in_transaction_session_timeout": "0",
 }
@@ -175,7 +177,11 @@ class Writer:
         self._keys, self._values = staged_columns(mapping.config)
         self._sql, self._sql_by_index = (
             statements(
-                mapping.config, table, staging=self._staging, diff=f"diff_{number}", ordered=ordered
+                mapping.config,
+                table,
+                staging=f"pg_temp.{self._staging}",
+                diff=f"pg_temp.diff_{number}",
+                ordered=ordered,
             )
             for ordered in (False, True)
         )
@@ -223,7 +229,11 @@ class Writer:
         data = cast(BinaryIO, memoryview(lines))
         await self._session.watch(
             self._session.connection.copy_to_table(
-                self._staging, source=data, columns=columns, format="text"
+                self._staging,
+                schema_name="pg_temp",
+                source=data,
+                columns=columns,
+                format="text",
             )
         )
 
@@ -241,6 +251,7 @@ class Writer:
         await self._session.watch(
             self._session.connection.copy_records_to_table(
                 "staged_rejects",
+                schema_name="pg_temp",
                 records=[
                     (name, r.key, r.value and r.value[:_KEPT_VALUE_BYTES], r.reason, r.detail)
                     for r in rejects
@@ -256,7 +267,7 @@ class Writer:
         found = Diff()
         with self._session.database.translated():
             async with connection.transaction(isolation="repeatable_read"):
-                await self._analyze(self._staging)
+                await self._analyze()
                 found.stored = await self._drop_duplicates()
                 found.rejected = await self._count_rejects()
                 if self.table.exists:
@@ -264,10 +275,10 @@ class Writer:
                 await self._compare(found)
         return found
 
-    async def _analyze(self, table: str) -> None:
+    async def _analyze(self) -> None:
         # Autovacuum never sees a temporary table.
         await self._execute(f"SET LOCAL default_statistics_target = {_STATISTICS_TARGET}")
-        await self._execute(f"ANALYZE {table}")
+        await self._execute(f"ANALYZE pg_temp.{self._staging}")
 
     async def _count(self, sql: str, *arguments: object) -> int:
         return int((await self._fetch(sql, *arguments))[0][0])

@@ -63,7 +63,7 @@ ORDER BY healed_at IS NOT NULL, changed_at DESC, mapping, key_hash LIMIT $4;
 -- name: merge_rejects
 WITH latest AS (
     SELECT DISTINCT ON (mapping, key) mapping, sha256(key) AS key_hash, key, value, reason, detail
-    FROM staged_rejects ORDER BY mapping, key, ctid DESC
+    FROM pg_temp.staged_rejects ORDER BY mapping, key, ctid DESC
 )
 INSERT INTO {schema}.rejects AS r
     (mapping, key_hash, key, value, reason, detail, first_seen, changed_at, run_id)
@@ -81,7 +81,7 @@ ON CONFLICT (mapping, key_hash) DO UPDATE SET value = EXCLUDED.value, reason = E
 -- name: heal_rejects
 UPDATE {schema}.rejects AS r SET healed_at = $1::timestamptz
 WHERE r.mapping = ANY($2::text[]) AND r.healed_at IS NULL AND NOT EXISTS (
-    SELECT FROM staged_rejects AS s WHERE s.mapping = r.mapping AND s.key = r.key);
+    SELECT FROM pg_temp.staged_rejects AS s WHERE s.mapping = r.mapping AND s.key = r.key);
 
 -- name: forget_rejects
 DELETE FROM {schema}.rejects WHERE (mapping, key_hash) IN (

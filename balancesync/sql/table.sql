@@ -3,17 +3,18 @@
 -- name: relation
 SELECT c.oid::bigint AS oid, n.nspname AS schema, c.relname AS name, c.relkind::text AS kind,
        row_security_active(c.oid) AS hidden_rows,
-       has_table_privilege(c.oid, 'SELECT') AS may_select,
-       has_schema_privilege(n.oid, 'USAGE') AS may_use
+       c.relkind = 'r' AND EXISTS (SELECT FROM pg_inherits WHERE inhparent = c.oid) AS has_children,
+       has_table_privilege(c.oid, 'DELETE') AS may_delete
 FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
 WHERE c.oid = to_regclass($1);
 
 -- name: columns
 SELECT a.attname AS name, format_type(a.atttypid, a.atttypmod) AS type, a.attnotnull AS not_null,
-       a.atthasdef OR a.attidentity <> '' AS filled, a.attgenerated <> '' AS generated,
+       a.atthasdef OR a.attidentity <> '' AS filled, a.attgenerated <> '' OR a.attidentity = 'a' AS generated,
        coalesce(l.collisdeterministic, true) AS deterministic,
        CASE WHEN l.oid IS NOT NULL THEN quote_ident(ln.nspname) || '.' || quote_ident(l.collname) END
            AS collation,
+       has_column_privilege($1::oid, a.attnum, 'SELECT') AS may_select,
        has_column_privilege($1::oid, a.attnum, 'INSERT') AS may_insert,
        has_column_privilege($1::oid, a.attnum, 'UPDATE') AS may_update
 FROM pg_attribute AS a

@@ -2,7 +2,7 @@
 -- values that the row had before; ctid in a table that only COPY fills is the order of reading.
 
 -- name: create_rejects
-CREATE TEMP TABLE staged_rejects
+CREATE TEMP TABLE pg_temp.staged_rejects
     (mapping text NOT NULL, key bytea NOT NULL, value bytea, reason text NOT NULL, detail text NOT NULL);
 
 -- name: create
@@ -24,10 +24,10 @@ WITH last AS (
 SELECT DISTINCT {key_texts} FROM dropped WHERE was_rejected AND is_rejected IS NULL;
 
 -- name: withdraw_rejects
-DELETE FROM staged_rejects WHERE mapping = $1 AND key = ANY($2::bytea[]);
+DELETE FROM pg_temp.staged_rejects WHERE mapping = $1 AND key = ANY($2::bytea[]);
 
 -- name: count_rejects
-SELECT count(DISTINCT key) FROM staged_rejects WHERE mapping = $1;
+SELECT count(DISTINCT key) FROM pg_temp.staged_rejects WHERE mapping = $1;
 
 -- name: count_staged
 SELECT count(*) FROM {staging} WHERE rejected IS NULL;
