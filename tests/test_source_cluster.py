@@ -85,7 +85,7 @@ def running_cluster() -> Iterator[Cluster]:
         for client in cluster.clients:
             stack.callback(client.close)
         for node, (first, last) in enumerate(SHARES):
-            cluster.call(node, "CLUSTER ADDSLOTSRANGE", first, last)
+            cluster.call(node, "CLUSTER ADDSLOTS", *range(first, last + 1))
             cluster.call(node, "CLUSTER SET-CONFIG-EPOCH", node + 1)
             if node:
                 cluster.call(0, "CLUSTER MEET", "127.0.0.1", cluster.servers[node].port)
