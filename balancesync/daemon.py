@@ -9,10 +9,13 @@ from typing import Final
 
 import structlog
 
+from balancesync import __version__
 from balancesync.config import Config, JobConfig
 from balancesync.database import Database
+from balancesync.documents import Document
 from balancesync.leadership import Leadership
-from balancesync.model import Request
+from balancesync.metrics import Metrics
+from balancesync.model import Mode, Request
 from balancesync.notify import Notifier
 from balancesync.probing import Probing
 from balancesync.runner import Runner
@@ -37,7 +40,10 @@ class Daemon:
         self._notifier = notifier or Notifier()
         self._database = Database(config.postgres)
         self._source = Source(config.redis)
-        self.runner = Runner(config, self._database, self._source, self.events.publish)
+        self.metrics = Metrics(
+            __version__, [mapping.name for mapping in config.mapping], ["sync", "verify"]
+        )
+        self.runner = Runner(config, self._database, self._source, self._publish)
         self._schedule = Schedule(config.schedule, self._fire)
         self._leadership = Leadership(self._database, self.state.name, self._lead)
         self._probing = Probing(
@@ -45,8 +51,9 @@ class Daemon:
             self._database,
             self._source,
             state=self.state,
-            events=self.events,
+            publish=self._publish,
             runner=self.runner,
+            metrics=self.metrics,
         )
         self._web = Web(
             config,
@@ -56,6 +63,7 @@ class Daemon:
             events=self.events,
             runner=self.runner,
             schedule=self._schedule,
+            metrics=self.metrics,
         )
         self._stop = asyncio.Event()
 
@@ -102,6 +110,11 @@ class Daemon:
             for helper in helpers:
                 helper.cancel()
 
+    def _publish(self, kind: str, document: Document) -> None:
+        self.metrics.take(kind, document)
+        self._probing.take(kind, document)
+        self.events.publish(kind, document)
+
     def stop(self) -> None:
         """Drain and end: no new run, the current batch ends. Asked a second time: exit 1 now."""
         if self._stop.is_set():
@@ -115,7 +128,7 @@ class Daemon:
         self._request(Request("sync", "sighup"))
 
     def _fire(self, name: str, job: JobConfig) -> None:
-        mode = "verify" if job.job == "verify" else "apply"
+        mode: Mode = "verify" if job.job == "verify" else "apply"
         self._request(Request(job.job, f"cron:{name}", mode=mode, force=False))
 
     def _request(self, request: Request) -> None:
@@ -124,12 +137,12 @@ class Daemon:
         elif not self.state.draining:
             self.runner.submit(request)
 
-    def _lead(self, leads: bool, leader: str | None) -> None:  # noqa: FBT001  # a callback
+    def _lead(self, leads: bool, leader: str | None) -> None:
         before = (self.state.leader, self.state.leader_name)
         if (leads, leader) == before:
             return
         self.state.leader, self.state.leader_name = leads, leader
-        self.events.publish("leader", {"leads": leads, "leader": leader})
+        self._publish("leader", {"leads": leads, "leader": leader})
         if not leads and leader:
             self.runner.owed.clear()
         log.info("leading" if leads else "standing by", leader=leader)
@@ -164,5 +177,3 @@ class Daemon:
             progress = current.progress
             return f"running {current.run.job}: {progress.phase if progress else 'starting'}"
         return "idle" if state.leader else f"standby, {state.leader_name or 'nobody'} leads"
-
-

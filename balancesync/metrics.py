@@ -4,9 +4,19 @@ https://prometheus.io/docs/practices/naming/
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Final
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -25,11 +35,24 @@ OUTCOMES: Final = (
 )
 
 
+@dataclass(slots=True)
+class Known:
+    """What PostgreSQL knows of the runs before: times in seconds since 1970, counts by mapping."""
+
+    last_success: dict[str, float] = field(default_factory=dict)
+    rejects: dict[str, int] = field(default_factory=dict)
+    drift: dict[str, int] = field(default_factory=dict)
+    refused: bool = False
+
+
 class Metrics:
     """One registry of its own, so that two daemons in one test don't meet in a global one."""
 
     def __init__(self, version: str, mappings: Iterable[str], jobs: Iterable[str]) -> None:
+        # A series for when each other one began: nobody asked for them, and they double the lot.
+        disable_created_metrics()
         self.registry = CollectorRegistry()
+        self._mappings = tuple(mappings)
         self._next_run: Callable[[], float | None] = lambda: None
 
         def gauge(name: str, text: str, *labels: str) -> Gauge:
@@ -73,10 +96,11 @@ class Metrics:
         self.expiring = gauge(
             "expiring_keys", "Keys with a TTL, estimated from a sample at each full run.", "mapping"
         )
-        self.evicted = gauge("redis_evicted_keys_total", "Keys that Redis itself says it evicted.")
+        self.evicted: float | None = None
+        self.registry.register(_Evicted(self))
         gauge("build_info", "The version that runs.", "version").labels(version).set(1)
         # A series that appears only with its first event can't be alerted on before.
-        for mapping in mappings:
+        for mapping in self._mappings:
             self.rejects.labels(mapping)
             self.drift.labels(mapping)
             for outcome in OUTCOMES:
@@ -118,9 +142,33 @@ class Metrics:
                 for outcome in OUTCOMES:
                     self.records.labels(mapping, outcome).inc(counts[outcome])
 
+    def remember(self, known: Known) -> None:
+        """Take over what PostgreSQL knows, so that it's right after a restart and on a standby."""
+        for job, at in known.last_success.items():
+            self.last_success.labels(job).set(at)
+        for mapping in self._mappings:
+            self.rejects.labels(mapping).set(known.rejects.get(mapping, 0))
+            self.drift.labels(mapping).set(known.drift.get(mapping, 0))
+        self.refused.set(known.refused)
+
     def render(self) -> bytes:
         """The exposition, in Prometheus' text format."""
         next_run = self._next_run()
         if next_run is not None:
             self.next_run.set(next_run)
         return generate_latest(self.registry)
+
+
+class _Evicted(Collector):
+    """A counter that Redis keeps: it can be set, and goes back when Redis is started again."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    def collect(self) -> Iterable[CounterMetricFamily]:
+        if self._metrics.evicted is not None:
+            yield CounterMetricFamily(
+                "balancesync_redis_evicted_keys",
+                "Keys that Redis itself says it evicted.",
+                value=self._metrics.evicted,
+            )

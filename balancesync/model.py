@@ -143,6 +143,11 @@ class Counts:
             + self.not_found
         )
 
+    @property
+    def written(self) -> int:
+        """The rows written; of a dry run or verify, those that differ."""
+        return self.inserted + self.updated + self.deleted
+
     def as_dict(self) -> dict[str, int]:
         """Every count by name, in order."""
         return {f.name: getattr(self, f.name) for f in fields(Counts)}

@@ -1,24 +1,31 @@
 """Asking both servers over and over how they are, and what follows: recovery runs, early alarms."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Mapping as Dictionary
 from dataclasses import asdict, replace
-from typing import Final
+from typing import Any, Final
 
 import structlog
 
 from balancesync.config import Config
 from balancesync.database import Database
 from balancesync.errors import BalanceSyncError
+from balancesync.mapping import Mapping
+from balancesync.metrics import Metrics
 from balancesync.model import Request
 from balancesync.overview import Server, probe_postgres, probe_redis
-from balancesync.runner import Runner
+from balancesync.part import reading_of
+from balancesync.records import Records
+from balancesync.runner import Publish, Runner
 from balancesync.source import Source
-from balancesync.state import Events, State
+from balancesync.state import State
 
 _CALM_S: Final = 5.0
 _TROUBLED_S: Final = 1.0
 _LONGEST_PAUSE_S: Final = 60.0
+_REFRESH_S: Final = 15.0
+_ANSWER_S: Final = 5.0
+_SAMPLE_KEYS: Final = 1000
 
 log = structlog.get_logger("balancesync")
 
@@ -33,15 +40,20 @@ class Probing:
         source: Source,
         *,
         state: State,
-        events: Events,
+        publish: Publish,
         runner: Runner,
+        metrics: Metrics,
     ) -> None:
         self._config = config
         self._database = database
         self._source = source
         self._state = state
-        self._events = events
+        self._publish = publish
         self._runner = runner
+        self._metrics = metrics
+        self._records = Records(database)
+        self._refresh_at = 0.0
+        self._sample_due = False
         self._size: int | None = None
         self._pause = _TROUBLED_S
         self._retry_at = 0.0
@@ -51,6 +63,7 @@ class Probing:
         while True:
             await self.probe()
             well = self._state.redis.connected and self._state.postgres.connected
+            await self._refresh()
             if well and self._state.leader:
                 await self._watch_size()
                 self._recover()
@@ -65,10 +78,45 @@ class Probing:
         self._tell("postgres", self._state.postgres, postgres)
         self._state.redis, self._state.postgres = redis, postgres
 
+    def take(self, kind: str, document: Dictionary[str, Any]) -> None:
+        """Hear of an event: a run that ended changes what the metrics must know."""
+        if kind == "run_finished":
+            self._refresh_at = 0.0
+            self._sample_due |= document["status"] == "succeeded" and document["mode"] == "apply"
+
+    async def _refresh(self) -> None:
+        """Keep the metrics in step with what PostgreSQL and Redis know."""
+        now = asyncio.get_running_loop().time()
+        if now < self._refresh_at:
+            return
+        self._refresh_at = now + _REFRESH_S
+        try:
+            if self._state.postgres.connected:
+                async with asyncio.timeout(_ANSWER_S), self._database.acquire() as connection:
+                    self._metrics.remember(await self._records.known(connection))
+            if self._state.redis.connected:
+                await self._ask_redis()
+        except (BalanceSyncError, TimeoutError) as error:
+            log.debug("the metrics could not be refreshed", error=str(error))
+
+    async def _ask_redis(self) -> None:
+        facts = await self._source.facts()
+        self._metrics.evicted = sum(fact.evicted_keys for fact in facts)
+        if not self._sample_due:
+            return
+        self._sample_due = False
+        size = sum((await self._source.dbsize()).values())
+        for config in self._config.mapping:
+            sample = await self._source.sample(reading_of(Mapping(config)), _SAMPLE_KEYS)
+            expiring = sum(ttl is not None for ttl in sample.ttls)
+            share = expiring / len(sample.ttls) if sample.ttls else 0
+            whole = len(sample.ttls) if len(sample.ttls) < _SAMPLE_KEYS else size
+            self._metrics.expiring.labels(config.name).set(round(share * whole))
+
     def _tell(self, kind: str, before: Server, now: Server) -> None:
         if (before.connected, before.error) == (now.connected, now.error):
             return
-        self._events.publish(kind, asdict(now))
+        self._publish(kind, asdict(now))
         if now.connected:
             log.info(f"{kind} answers", version=now.version, latency_ms=now.latency_ms)
         else:

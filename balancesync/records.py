@@ -8,6 +8,7 @@ from typing import Any, Final
 from uuid import UUID
 
 from balancesync.database import Connection, Database, load_sql, lock_key
+from balancesync.metrics import Known
 from balancesync.model import Baseline, Counts, Run
 
 # An advisory lock of 64 bits shows in pg_locks as two halves:
@@ -106,6 +107,20 @@ class Records:
         if row is None:
             return None
         return (await self.runs(connection, one=row["id"], limit=1))[0]
+
+    async def known(self, connection: Connection) -> Known:
+        """What the metrics must know of the runs before."""
+        known = Known()
+        for row in await connection.fetch(self._sql["success_times"]):
+            known.last_success[row["job"]] = row["at"]
+        for mapping, reasons in (await self.count_rejects(connection)).items():
+            known.rejects[mapping] = sum(reasons.values())
+        verify = await connection.fetchval(self._sql["last_verify"])
+        for run in await self.runs(connection, one=verify) if verify else ():
+            known.drift = {name: counts.written for name, counts in run.mappings.items()}
+        remembered = await self.remembered(connection)
+        known.refused = any(each.refusal is not None for each in remembered.values())
+        return known
 
     async def last_redis(self, connection: Connection, before: UUID) -> str | None:
         """The run_id of the Redis that was read by the last run before this one."""

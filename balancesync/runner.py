@@ -144,7 +144,10 @@ class Runner:
             self.owed[ticket.kind] = ticket.request
         else:
             self.owed.pop(ticket.kind, None)
-        self._publish("run_finished", run_document(ticket.run, ticket.reports or None))
+        document = run_document(ticket.run, ticket.reports or None)
+        if sync.failure:
+            document["error_kind"] = type(sync.failure).__name__
+        self._publish("run_finished", document)
         ticket.done.set_result(ticket.run)
 
     def _follow(self, ticket: Ticket, progress: Progress) -> None:

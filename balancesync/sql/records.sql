@@ -26,6 +26,13 @@ SELECT id, started_at, finished_at, redis_run_id FROM {schema}.runs
 WHERE status = 'succeeded' AND job = 'sync' AND mode = 'apply' AND mapping IS NULL
 ORDER BY id DESC LIMIT 1;
 
+-- name: success_times
+SELECT job, extract(epoch FROM max(finished_at))::float8 AS at FROM {schema}.runs
+WHERE status = 'succeeded' AND mode <> 'dry_run' AND mapping IS NULL GROUP BY job;
+
+-- name: last_verify
+SELECT id FROM {schema}.runs WHERE job = 'verify' AND status = 'succeeded' ORDER BY id DESC LIMIT 1;
+
 -- name: last_redis
 SELECT redis_run_id FROM {schema}.runs WHERE redis_run_id IS NOT NULL AND id < $1
 ORDER BY id DESC LIMIT 1;
