@@ -281,12 +281,17 @@ class ValueColumn:
 
 
 def raised(head: bytes) -> bytes:
-    """Give the next number of as many decimals; the last of its digits is no 9.
+    """Give the next number of as many decimals, away from zero; not all of its digits are 9.
 
-    >>> raised(b"-1.08")
-    b'-1.09'
+    >>> raised(b"-1.08"), raised(b"12.99")
+    (b'-1.09', b'13.00')
     """
-    return head[:-1] + _NEXT[head[-1:]]
+    if last := _NEXT.get(head[-1:]):
+        return head[:-1] + last
+    kept = head.rstrip(b"9")
+    if kept[-1:] == b".":
+        kept = kept[:-1].rstrip(b"9")
+    return kept[:-1] + _NEXT[kept[-1:]] + head[len(kept) :].replace(b"9", b"0")
 
 
 def _number_head(column: ColumnType) -> bytes:
@@ -305,6 +310,7 @@ def _number_tails(column: ColumnType, tolerance: Decimal) -> tuple[bytes, bytes]
     scale = column.scale or 0
     count = -tolerance.adjusted() - scale
     low = b"(?<=\\.[0-9]{%d})" % scale if scale else b"\\."
-    high = b"(?<=\\.[0-9]{%d}[0-8])" % (scale - 1) if scale else b"(?<=[0-8])\\."
+    # Only heads that don't get longer when they are raised.
+    high = b"%b(?<!9\\.9{%d})" % (low, scale) if scale else b"(?<!9)\\."
     rest = b"{%d}[0-9]{0,40}" % count
     return b"%b0%b[1-9]" % (low, rest), b"%b9%b" % (high, rest)
