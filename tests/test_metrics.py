@@ -1,11 +1,13 @@
-"""The metrics: their names and labels, and what a run does to them."""
+"""The metrics: their names and labels, and what events and PostgreSQL's memory do to them."""
 
 import re
-from dataclasses import replace
 from datetime import UTC, datetime
+from typing import Any
 
-from balancesync.errors import Refused
-from balancesync.metrics import Metrics
+import pytest
+
+from balancesync.documents import run_document
+from balancesync.metrics import Known, Metrics
 from balancesync.model import Counts, Run, new_run_id
 
 NAMES = {
@@ -16,17 +18,11 @@ NAMES = {
     *("redis_evicted_keys_total", "build_info"),
 }
 AT = datetime(2026, 1, 31, 2, tzinfo=UTC)
-RUN = Run(
-    id=new_run_id(),
-    job="sync",
-    trigger="cron:hourly",
-    mode="apply",
-    status="succeeded",
-    started_at=AT,
-    finished_at=AT,
-    duration_s=3.5,
-    mappings={"balances": Counts(scanned=10, inserted=4, unchanged=5, rejected=1)},
-)
+
+
+@pytest.fixture
+def metrics() -> Metrics:
+    return Metrics("1.2.3", ["balances", "bonus"], ["sync", "verify"])
 
 
 def value(metrics: Metrics, name: str, **labels: str) -> float | None:
@@ -34,54 +30,106 @@ def value(metrics: Metrics, name: str, **labels: str) -> float | None:
     return metrics.registry.get_sample_value(f"balancesync_{name}", labels)
 
 
-def test_the_names_are_those_that_are_promised() -> None:
-    page = Metrics().page().decode()
-    helped = set(re.findall(r"^# HELP balancesync_(\w+) ", page, re.MULTILINE))
-    assert {name for name in helped if not name.endswith("_created")} == NAMES
-    assert 'balancesync_build_info{version="0.1.0"} 1.0' in page
+def finished(**changes: Any) -> dict[str, Any]:
+    """The event of a run that ended."""
+    run = Run(
+        id=new_run_id(),
+        job="sync",
+        trigger="cron:hourly",
+        mode="apply",
+        status="succeeded",
+        started_at=AT,
+        finished_at=AT,
+        duration_s=3.5,
+        mappings={"balances": Counts(scanned=10, inserted=4, unchanged=5, rejected=1)},
+    )
+    return run_document(run) | changes
 
 
-def test_a_run_that_succeeded() -> None:
-    metrics = Metrics()
+def test_the_names_are_those_that_are_promised(metrics: Metrics) -> None:
+    metrics.evicted = 0
+    page = metrics.render().decode()
+    assert set(re.findall(r"^# HELP balancesync_(\w+) ", page, re.MULTILINE)) == NAMES
+    assert 'balancesync_build_info{version="1.2.3"} 1.0' in page
+    assert "_created" not in page
+
+
+def test_runs_and_records_are_counted(metrics: Metrics) -> None:
     for _ in range(2):
-        metrics.record(RUN)
+        metrics.take("run_finished", finished())
     labels = {"job": "sync", "trigger": "cron:hourly", "status": "succeeded"}
     assert value(metrics, "runs_total", **labels) == 2
     assert value(metrics, "run_duration_seconds_sum", job="sync") == 7
     assert value(metrics, "run_duration_seconds_bucket", job="sync", le="2.5") == 0
     assert value(metrics, "records_total", mapping="balances", outcome="inserted") == 8
     assert value(metrics, "records_total", mapping="balances", outcome="rejected") == 2
-    assert value(metrics, "last_success_timestamp_seconds", job="sync") == AT.timestamp()
 
 
-def test_a_run_that_was_refused() -> None:
-    metrics = Metrics()
-    metrics.record(replace(RUN, status="refused"), Refused())
-    assert value(metrics, "errors_total", kind="refused") == 1
-    assert value(metrics, "last_success_timestamp_seconds", job="sync") is None
+def test_series_are_there_before_their_first_event(metrics: Metrics) -> None:
+    assert value(metrics, "records_total", mapping="bonus", outcome="updated") == 0
+    assert value(metrics, "run_duration_seconds_count", job="verify") == 0
 
 
-def test_a_dry_run_and_one_of_a_single_mapping_move_no_success() -> None:
-    metrics = Metrics()
-    metrics.record(replace(RUN, mode="dry_run"))
-    assert value(metrics, "records_total", mapping="balances", outcome="inserted") is None
-    metrics.record(replace(RUN, mapping="balances"))
-    assert value(metrics, "records_total", mapping="balances", outcome="inserted") == 4
-    assert value(metrics, "last_success_timestamp_seconds", job="sync") is None
+def test_a_dry_run_writes_no_records(metrics: Metrics) -> None:
+    metrics.take("run_finished", finished(mode="dry_run"))
+    assert value(metrics, "records_total", mapping="balances", outcome="inserted") == 0
 
 
-def test_a_verify_sets_the_drift() -> None:
-    metrics = Metrics()
-    verified = replace(RUN, job="verify", mode="verify")
-    metrics.record(verified)
-    assert value(metrics, "drift_records", mapping="balances") == 4
-    metrics.record(replace(verified, mappings={"balances": Counts(scanned=10, unchanged=10)}))
-    assert value(metrics, "drift_records", mapping="balances") == 0
+def test_an_error_is_counted_by_its_kind(metrics: Metrics) -> None:
+    metrics.take("run_finished", finished(status="refused", error_kind="Refused"))
+    assert value(metrics, "errors_total", kind="Refused") == 1
 
 
-def test_evicted_keys_are_as_redis_counts_them() -> None:
-    metrics = Metrics()
-    metrics.set_evicted_keys({"a:1": 5, "b:1": 2})
+def test_a_run_under_way_shows(metrics: Metrics) -> None:
+    metrics.take("run_started", {})
+    metrics.take("run_progress", {"ratio": 0.25})
+    assert value(metrics, "run_in_progress") == 1
+    assert value(metrics, "run_progress_ratio") == 0.25
+    metrics.take("run_finished", finished())
+    assert value(metrics, "run_in_progress") == 0
+
+
+def test_servers_and_leader_follow_their_events(metrics: Metrics) -> None:
+    for kind, document in (
+        ("redis", {"connected": True}),
+        ("postgres", {"connected": False}),
+        ("leader", {"leads": True}),
+    ):
+        metrics.take(kind, document)
+    assert value(metrics, "redis_up") == 1
+    assert value(metrics, "postgres_up") == 0
+    assert value(metrics, "leader") == 1
+
+
+def test_what_postgres_remembers_shows_after_a_restart(metrics: Metrics) -> None:
+    known = Known(
+        last_success={"sync": 1_700_000_000.5},
+        rejects={"balances": 7},
+        drift={"balances": 2},
+        refused=True,
+    )
+    metrics.remember(known)
+    assert value(metrics, "last_success_timestamp_seconds", job="sync") == 1_700_000_000.5
+    assert value(metrics, "rejects", mapping="balances") == 7
+    assert value(metrics, "rejects", mapping="bonus") == 0
+    assert value(metrics, "drift_records", mapping="balances") == 2
+    assert value(metrics, "guard_refused") == 1
+    metrics.remember(Known())
+    assert value(metrics, "rejects", mapping="balances") == 0
+    assert value(metrics, "guard_refused") == 0
+
+
+def test_the_next_run_is_asked_for_at_each_scrape(metrics: Metrics) -> None:
+    times = iter([10.0, 20.0])
+    metrics.set_next_run(lambda: next(times))
+    metrics.render()
+    assert value(metrics, "next_run_timestamp_seconds") == 10
+    metrics.render()
+    assert value(metrics, "next_run_timestamp_seconds") == 20
+
+
+def test_evicted_keys_are_as_redis_counts_them(metrics: Metrics) -> None:
+    metrics.evicted = 7
     assert value(metrics, "redis_evicted_keys_total") == 7
-    metrics.set_evicted_keys({"a:1": 0, "b:1": 2})
+    metrics.evicted = 2
     assert value(metrics, "redis_evicted_keys_total") == 2
