@@ -4,7 +4,7 @@ import asyncio
 import random
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from typing import Final
 
@@ -13,19 +13,17 @@ import asyncpg
 from balancesync.errors import RunFailed, Transient
 from balancesync.model import Reject
 from balancesync.target import Diff, Op, Span, Writer
+from balancesync.values import show
 
 _MAX_REFUSED_ROWS: Final = 1000
 _LOCK_ATTEMPTS: Final = 8
 _LOCK_PAUSE_S: Final = 0.1
-# The errors of one row: bad data, a constraint, a trigger that raises, a row too long for an index.
-_ROW_ERRORS: Final = (
-    asyncpg.DataError,
-    asyncpg.IntegrityConstraintViolationError,
-    asyncpg.RaiseError,
-    asyncpg.WithCheckOptionViolationError,
-    asyncpg.ProgramLimitExceededError,
-)
+_DETAIL: Final = 200
 _LOCK_ERRORS: Final = (asyncpg.DeadlockDetectedError, asyncpg.LockNotAvailableError)
+# Errors that no row is to blame for: connection, transaction, authorization, catalog, rollback,
+# resources, state, operator, system, bug. A trigger may raise whatever else it likes.
+# https://www.postgresql.org/docs/current/errcodes-appendix.html
+_NOT_OF_A_ROW: Final = frozenset(("08", "25", "28", "3D", "40", "53", "55", "57", "58", "XX"))
 
 
 @dataclass(slots=True)
@@ -44,6 +42,11 @@ class Applied:
         """The rows written."""
         return self.inserted + self.updated + self.deleted
 
+    @property
+    def written(self) -> "Applied":
+        """What stays so when the run is attempted again."""
+        return replace(self, not_found=0, rejected=0)
+
     def __add__(self, other: "Applied") -> "Applied":
         return Applied(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Applied)))
 
@@ -57,7 +60,10 @@ class _Slice:
 
 
 class Applier:
-    """Applies one mapping's diff. `done` tells what is committed, also when `run` raises."""
+    """Applies one mapping's diff. `done` tells what is committed, also when `run` raises.
+
+    `undeletable` are keys whose rows the table didn't let go, and why, one line each.
+    """
 
     def __init__(self, writer: Writer, at: datetime, between: Callable[[int], None]) -> None:
         self.done = Applied()
@@ -65,6 +71,7 @@ class Applier:
         self._at = at
         self._between = between
         self._queue: deque[_Slice] = deque()
+        self.undeletable: list[str] = []
         self._refused_updates = 0
 
     async def run(self, diff: Diff) -> None:
@@ -97,8 +104,6 @@ class Applier:
     async def _apply(self, piece: _Slice) -> None:
         try:
             rows = await self._write(piece)
-        except _ROW_ERRORS as error:
-            await self._narrow(piece, error)
         except _LOCK_ERRORS as error:
             piece.attempts += 1
             if piece.attempts == _LOCK_ATTEMPTS:
@@ -107,6 +112,10 @@ class Applier:
                     f" {error}; see postgres.lock_timeout"
                 ) from error
             self._queue.append(piece)
+        except asyncpg.PostgresError as error:
+            if not _is_of_a_row(error):
+                raise
+            await self._narrow(piece, error)
         else:
             # An insert may come to fewer rows: somebody else had inserted the very same.
             match piece.op:
@@ -135,16 +144,28 @@ class Applier:
             self._queue.appendleft(_Slice(piece.op, middle, piece.last))
             self._queue.appendleft(_Slice(piece.op, piece.after, middle))
             return
-        self.done.rejected += 1
-        self._refused_updates += piece.op == "u"
-        table = self._writer.mapping.config.table
-        if self.done.rejected > _MAX_REFUSED_ROWS:
-            raise RunFailed(
-                f"the table {table} refuses more than {_MAX_REFUSED_ROWS:,} rows, the last one"
-                f" with: {error}"
-            ) from error
         row = await self._writer.row(piece.op, piece.after)
         key = self._writer.mapping.print_key(row.key)
-        value = "\t".join(text if text is not None else "" for text in row.new).encode()
-        detail = f"{table} refuses it: {str(error).splitlines()[0]}"
-        await self._writer.keep_rejects([Reject(key, value, "refused_by_table", detail)])
+        table = self._writer.mapping.config.table
+        # What stands on the next lines is the row itself.
+        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        detail = f"{table} refuses it: {said}"[:_DETAIL]
+        if piece.op == "d":
+            # Not a reject, which is a key that is there.
+            self.undeletable.append(f"{show(key)}: {detail}")
+        else:
+            self.done.rejected += 1
+            self._refused_updates += piece.op == "u"
+            value = "\t".join(text if text is not None else "" for text in row.new).encode()
+            await self._writer.keep_rejects([Reject(key, value, "refused_by_table", detail)])
+        if self.done.rejected + len(self.undeletable) > _MAX_REFUSED_ROWS:
+            raise RunFailed(
+                f"the table {table} refuses more than {_MAX_REFUSED_ROWS:,} rows, the last one"
+                f" with: {said}"
+            ) from error
+
+
+def _is_of_a_row(error: asyncpg.PostgresError) -> bool:
+    if isinstance(error, asyncpg.InsufficientPrivilegeError):
+        return False
+    return (error.sqlstate or "XX")[:2] not in _NOT_OF_A_ROW

@@ -20,6 +20,7 @@ class Part:
     writer: Writer
     read: Counts = field(default_factory=Counts)
     diff: Diff = field(default_factory=Diff)
+    applied: Applied = field(default_factory=Applied)
 
     @property
     def present(self) -> int:
@@ -36,15 +37,23 @@ class Part:
             deleted=self.diff.deleted.rows,
         )
 
-    def tally(self, applied: Applied, *, complete: bool) -> Counts:
-        """The counts, given what is committed; of an incomplete run they need not add up."""
+    def tally(self, applied: Applied, earlier: Applied, *, complete: bool) -> Counts:
+        """The counts, given what is committed, by this attempt and by `earlier` ones.
+
+        Those of an incomplete run need not add up.
+        """
         counts = replace(self.read)
         inserts = self.mapping.config.mode == "upsert"
-        counts.rejected = self.diff.rejected + applied.rejected
-        counts.inserted, counts.updated = applied.inserted, applied.updated
-        counts.deleted, counts.absent = applied.deleted, self.diff.absent
-        counts.not_found = applied.not_found + (0 if inserts else self.diff.inserted.rows)
-        accounted = counts.inserted + counts.updated + counts.not_found + applied.rejected
+        total = applied + earlier
+        counts.rejected = self.diff.rejected + total.rejected
+        counts.inserted, counts.updated, counts.deleted = (
+            total.inserted,
+            total.updated,
+            total.deleted,
+        )
+        counts.absent = self.diff.absent + earlier.deleted
+        counts.not_found = total.not_found + (0 if inserts else self.diff.inserted.rows)
+        accounted = counts.inserted + counts.updated + counts.not_found + total.rejected
         if complete:
             # What an earlier attempt committed is unchanged to this one: it counts once.
             counts.updated = max(counts.updated - max(accounted - self.diff.stored, 0), 0)
@@ -74,9 +83,10 @@ class Part:
             max_change=limits.max_change,
         )
 
-    def baseline(self, deleted: int) -> Baseline:
-        """What the guard is to remember after a success that deleted so many rows."""
-        return Baseline(present=self.present, absent=self.diff.absent - deleted)
+    @property
+    def baseline(self) -> Baseline:
+        """What the guard is to remember after a success."""
+        return Baseline(present=self.present, absent=self.diff.absent - self.applied.deleted)
 
 
 def reading_of(mapping: Mapping) -> Reading:

@@ -124,6 +124,9 @@ class Pipeline:
             complete = True
         finally:
             self._tally(parts, complete=complete)
+            for part in parts:
+                name = part.mapping.name
+                self._committed[name] = self._earlier(name) + part.applied.written
 
     async def _open(self, session: Session, wait_s: float) -> None:
         connection = session.connection
@@ -256,11 +259,13 @@ class Pipeline:
             self._on_progress(progress)
 
         applier = Applier(part.writer, self._at, between)
-        try:
-            await applier.run(part.diff)
-        finally:
-            name = part.mapping.name
-            self._committed[name] = self._committed.get(name, Applied()) + applier.done
+        part.applied = applier.done
+        await applier.run(part.diff)
+        if stay := applier.undeletable:
+            self._warn(
+                f'mapping "{part.mapping.name}": {len(stay):,} rows whose keys are gone can\'t be'
+                f" deleted; the first is {stay[0]}"
+            )
 
     async def _spare(self, session: Session, part: Part) -> None:
         name = part.mapping.name
@@ -296,10 +301,7 @@ class Pipeline:
         await self._records.merge_rejects(connection, run, await session.clock(), names)
         await self._records.forget_old(connection, run.id)
         if success and (run.full or self._request.accept_loss):
-            baselines = {
-                part.mapping.name: part.baseline(run.mappings[part.mapping.name].deleted)
-                for part in parts
-            }
+            baselines = {part.mapping.name: part.baseline for part in parts}
             await self._records.save_baselines(connection, baselines)
 
     def _problem(self, parts: Sequence[Part]) -> str:
@@ -327,13 +329,17 @@ class Pipeline:
                 found.inserted = second.inserted.rows if inserts else 0
                 found.updated, found.deleted = second.updated.rows, gone
             self.reports.append(await describe(writer))
-            self._run.mappings[part.mapping.name] = part.tally(found, complete=True)
+            self._run.mappings[part.mapping.name] = part.tally(found, Applied(), complete=True)
 
     def _tally(self, parts: Sequence[Part], *, complete: bool) -> None:
         for part in parts:
             name = part.mapping.name
-            committed = self._committed.get(name, Applied())
-            self._run.mappings[name] = part.tally(committed, complete=complete)
+            counts = part.tally(part.applied, self._earlier(name), complete=complete)
+            self._run.mappings[name] = counts
+
+    def _earlier(self, mapping: str) -> Applied:
+        """What earlier attempts of this run have committed."""
+        return self._committed.get(mapping, Applied())
 
     def _warn(self, warning: str) -> None:
         # A run may be attempted several times, and then meet the same thing again.
