@@ -10,7 +10,6 @@ Heavy rooms are imported when a command needs them: `--help` must not wait for t
 """
 
 import argparse
-import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -129,7 +128,10 @@ def _report_bug(
         lines = "".join(traceback.format_exception(kind, error, trace))
         sys.stderr.write(telemetry.hide(lines, secrets))
     frames = traceback.extract_tb(trace)
-    place = f" at {os.path.basename(frames[-1].filename)}:{frames[-1].lineno}" if frames else ""
+    place = ""
+    if frames:
+        file = Path(frames[-1].filename)
+        place = f" at {Path(file.parent.name, file.name)}:{frames[-1].lineno}"
     said = telemetry.printable(telemetry.hide(str(error), secrets))
     hint = "" if verbose else "; --verbose shows the traceback"
     _say(f"this is a bug: {kind.__name__}{place}: {said}{hint}")

@@ -600,15 +600,29 @@ async def test_a_bug_is_one_line_and_its_place(clean_environment: None) -> None:
         "commands.COMMANDS['status'] = boom\n"
         "sys.exit(cli.main())"
     )
-    for flags in ([], ["--verbose"]):
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-c", code, "status", *flags), stderr=asyncio.subprocess.PIPE
-        )
-        _, err = await process.communicate()
-        assert process.returncode == 1
-        assert b"this is a bug: KeyError at <string>:2: 'gone'" in err
-        assert (b"Traceback" in err) == bool(flags)
-        assert (len(err.splitlines()) == 1) == (not flags)
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", code, "status"), stderr=asyncio.subprocess.PIPE
+    )
+    _, err = await process.communicate()
+    assert process.returncode == 1
+    [line] = err.decode().splitlines()
+    assert line == (
+        "balancesync: this is a bug: KeyError at <string>:2: 'gone'; --verbose shows the traceback"
+    )
+
+
+def test_the_traceback_of_a_bug_is_shown_without_secrets(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    secret = "".join(["plant", "3d"])  # the traceback shows lines of source
+    try:
+        raise ValueError(f"{secret}\nand more")
+    except ValueError as error:
+        cli._report_bug((secret,), True, ValueError, error, error.__traceback__)
+    err = capsys.readouterr().err
+    assert err.startswith("Traceback")
+    assert secret not in err
+    assert re.search(r"bug: ValueError at tests/test_cli.py:\d+: \*{3}\\nand more$", err)
 
 
 async def test_no_secret_is_ever_printed(
