@@ -36,6 +36,18 @@ CASES: Final[dict[str, Callable[[Bench], Awaitable[list[Row]]]]] = {
     "memory": around.memory,
 }
 
+_DETAILS: Final = {
+    "case": "where the time goes, s",
+    "seconds": "all",
+    "scan": "scan and stage",
+    "diff": "diff",
+    "apply": "apply and record",
+    "client": "CPU: client",
+    "redis": "CPU: Redis",
+    "postgres": "CPU: PostgreSQL",
+    "others": "CPUs taken by others",
+}
+
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
@@ -56,30 +68,37 @@ async def _measure(args: argparse.Namespace) -> dict[str, Any]:
         for name in args.only or CASES:
             print(f"{datetime.now(UTC):%H:%M:%S} {name}", file=sys.stderr, flush=True)
             rows += await CASES[name](stage)
-    print(_machine(versions, args), "", render(rows), "", _phases(stage), sep="\n")
+    machine = _machine(versions, stage.noise, args)
+    print(machine, "", render(rows), "", _details(stage), sep="\n")
     return {
-        "machine": _machine(versions, args),
+        "machine": machine,
         "rows": [vars(row) for row in rows],
-        "runs": stage.phases,
+        "details": stage.details,
     }
 
 
-def _machine(versions: str, args: argparse.Namespace) -> str:
+def _machine(versions: str, noise: list[float], args: argparse.Namespace) -> str:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    taken = f"{median(noise):.0%}" if noise else "an unknown part"
     return (
         f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC; {args.keys:,} keys, {args.runs} runs;"
         f" {os.cpu_count()} CPUs, {memory:.0f} GiB, {platform.system()} {platform.machine()};"
-        f" Python {platform.python_version()}, balancesync {__version__}, {versions}"
+        f" Python {platform.python_version()}, balancesync {__version__}, {versions};"
+        f" meanwhile other programs took {taken} of the CPUs"
     )
 
 
-def _phases(stage: Bench) -> str:
-    """Where the time of the runs goes, as medians."""
-    lines = ["| run | scan and stage | diff | apply and record |", "| --- | --- | --- | --- |"]
-    for case, found in stage.phases.items():
-        times = [median(run[phase] for run in found) for phase in ("scan", "diff", "apply")]
-        lines.append(f"| {case} | " + " | ".join(f"{each:.3f} s" for each in times) + " |")
-    return "\n".join(lines)
+def _details(stage: Bench) -> str:
+    """Where the time goes, as medians: phases of a run, CPU seconds of each process."""
+    lines = [tuple(_DETAILS.values()), ("---",) * len(_DETAILS)]
+    for case, found in stage.details.items():
+        cells = [case]
+        for name in [*_DETAILS][1:]:
+            values = [each[name] for each in found if name in each]
+            shown = f"{median(values):.0%}" if name == "others" and values else ""
+            cells.append(shown or (f"{median(values):.3f}" if values else ""))
+        lines.append(tuple(cells))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def main() -> int:

@@ -2,10 +2,12 @@
 
 import asyncio
 import json
+import os
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from time import perf_counter
 from typing import Any, Final
 
 import asyncpg
@@ -14,7 +16,7 @@ from pydantic import SecretStr
 from balancesync.config import RedisConfig
 from balancesync.embedded import PostgresServer, RedisServer
 from balancesync.source import Source
-from benchmarks import data
+from benchmarks import data, noise
 from benchmarks.data import STRINGS, Dataset
 
 # Durable, as in production. No checkpoint and no autovacuum falls into a measurement by chance:
@@ -44,7 +46,9 @@ class Bench:
     dsn: str
     url: str
     sql: asyncpg.Connection
-    phases: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    servers: tuple[int, int]
+    details: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    noise: list[float] = field(default_factory=list)
     seed: int = 0
     _holds: tuple[str, int] = ("", 0)
 
@@ -66,7 +70,14 @@ class Bench:
 
     async def work(self, action: str, **parameters: Any) -> dict[str, Any]:
         """Run one action of `worker` in a process of its own; returns what it reports."""
-        return await finish(await self.start(action, **parameters))
+        before, begun = noise.cpu_seconds(*self.servers), perf_counter()
+        found = await finish(await self.start(action, **parameters))
+        after = noise.cpu_seconds(*self.servers)
+        found |= {name: after[name] - before[name] for name in after}
+        if after:
+            found["others"] /= (perf_counter() - begun) * (os.cpu_count() or 1)
+            self.noise.append(found["others"])
+        return found
 
     async def start(self, action: str, **parameters: Any) -> asyncio.subprocess.Process:
         """Start one action of `worker` without waiting for it; `finish` does."""
@@ -75,7 +86,9 @@ class Bench:
 
     async def seconds(self, action: str, **parameters: Any) -> float:
         """The seconds that one action takes."""
-        return float((await self.work(action, **parameters))["seconds"])
+        found = await self.work(action, **parameters)
+        self.details.setdefault(f"floor: {action}", []).append(found)
+        return float(found["seconds"])
 
     async def sync(
         self,
@@ -91,7 +104,7 @@ class Bench:
         }
         if wrong:
             raise Broken(f"{case}: counts are not as they should be (found, expected): {wrong}")
-        self.phases.setdefault(case, []).append(found)
+        self.details.setdefault(case, []).append(found)
         return found
 
     async def synced(self, dataset: Dataset = STRINGS) -> None:
@@ -136,7 +149,15 @@ async def bench(keys: int, runs: int, *, quick: bool) -> AsyncIterator[Bench]:
     with PostgresServer(POSTGRES) as postgres, RedisServer() as redis:
         connection = await asyncpg.connect(postgres.dsn)
         try:
-            yield Bench(keys, runs, quick, postgres.dsn, redis.url, connection)
+            yield Bench(
+                keys,
+                runs,
+                quick,
+                postgres.dsn,
+                redis.url,
+                connection,
+                servers=(postgres.pid, redis.pid),
+            )
         finally:
             connection.terminate()
 

@@ -10,7 +10,7 @@ import resource
 import sys
 from collections.abc import Callable, Coroutine
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 import uvloop
@@ -117,7 +117,9 @@ def main() -> None:
     taken = inspect.signature(action).parameters
     given = {name: value for name, value in parameters.items() if name in taken}
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        print(json.dumps(runner.run(action(**given))))
+        begun = process_time()
+        found = runner.run(action(**given))
+        print(json.dumps(found | {"client": process_time() - begun}))
 
 
 if __name__ == "__main__":
