@@ -77,6 +77,11 @@ class RawBatch:
     values: list[RawValue]
     scanned: int
 
+    def latest(self) -> "RawBatch":
+        """Each key once, with what was read last."""
+        values = dict(zip(self.keys, self.values, strict=True))
+        return RawBatch(list(values), list(values.values()), self.scanned)
+
 
 @dataclass(frozen=True, slots=True)
 class Reject:

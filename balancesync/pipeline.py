@@ -199,6 +199,9 @@ class Pipeline:
         async with aclosing(self._source.scan(part.reading, identity=identity)) as batches:
             async for raw in batches:
                 batch = mapping.parse(raw)
+                if batch.rejects and len(set(raw.keys)) < len(raw.keys):
+                    # A batch's rejects are staged behind its rows, though read before them.
+                    batch = mapping.parse(raw.latest())
                 read.scanned += raw.scanned
                 read.ignored += raw.scanned - len(raw.keys)
                 read.vanished += batch.vanished
@@ -321,13 +324,12 @@ class Pipeline:
             found, writer = part.would_apply, part.writer
             if self._request.mode == "verify":
                 self._on_progress(Progress("compare", part.mapping.name))
-                writer = Writer(session, part.mapping, part.writer.table, number)
-                second, gone = await reread(
-                    self._source, part.reading, part.mapping, part.writer, writer
-                )
+                first = part.writer
+                writer = Writer(session, part.mapping, first.table, number, first=first)
+                second = await reread(self._source, part.reading, part.mapping, first, writer)
                 inserts = part.mapping.config.mode == "upsert"
                 found.inserted = second.inserted.rows if inserts else 0
-                found.updated, found.deleted = second.updated.rows, gone
+                found.updated, found.deleted = second.updated.rows, second.deleted.rows
             self.reports.append(await describe(writer))
             self._run.mappings[part.mapping.name] = part.tally(found, Applied(), complete=True)
 

@@ -25,8 +25,8 @@ class Report:
 
 async def reread(
     source: Source, reading: Reading, mapping: Mapping, first: Writer, again: Writer
-) -> tuple[Diff, int]:
-    """Read what differs once more on both sides; return the second diff and the rows without key.
+) -> Diff:
+    """Read what differs once more on both sides; return the diff of `again`, a second look.
 
     Data that moves while it's compared differs for a moment: only what differs twice is drift.
     """
@@ -38,11 +38,8 @@ async def reread(
             keys = [mapping.print_key(texts) for _, texts in page]
             await again.stage(mapping.parse(await source.fetch(reading, keys)))
             after = page[-1][0]
-    gone = 0
-    if mapping.config.on_absent == "delete":
-        await spare_present(source, reading, mapping, first)
-        gone = await first.count_gone()
-    return await again.diff(), gone
+    await spare_present(source, reading, mapping, first)
+    return await again.diff()
 
 
 async def spare_present(source: Source, reading: Reading, mapping: Mapping, writer: Writer) -> int:

@@ -14,11 +14,12 @@ _STAGED: Final = {"numeric": "numeric", "varchar": "text"}
 
 
 def statements(
-    config: MappingConfig, table: Table, *, staging: str, diff: str, ordered: bool
+    config: MappingConfig, table: Table, *, staging: str, diff: str, first: str, ordered: bool
 ) -> dict[str, str]:
     """Every block of `sql/target.sql` for this mapping; identifiers are quoted here.
 
-    `ordered` joins the staging table in key order, for looks into the target's key index.
+    `first` is the diff that this one is a second look at, or itself. `ordered` joins the staging
+    table in key order, for looks into the target's key index.
     """
     keys, values = config.key_columns, config.value_columns
     k = _numbered("k", keys)
@@ -33,6 +34,7 @@ def statements(
         "staging": staging,
         "staged": f"(TABLE {staging} ORDER BY {', '.join(k)})" if ordered else staging,
         "diff": diff,
+        "first": first,
         "target": table.sql_name,
         "keys": ", ".join(k),
         # One plain column is sorted three times as fast as it is hashed or sorted as a row.

@@ -167,20 +167,34 @@ class Session:
 
 
 class Writer:
-    """One mapping's part of a session: its staging table, its diff, its slices."""
+    """One mapping's part of a session: its staging table, its diff, its slices.
 
-    def __init__(self, session: Session, mapping: Mapping, table: Table, number: int) -> None:
+    With `first` it's a second look: what that one's diff would delete is all that this one's may.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        mapping: Mapping,
+        table: Table,
+        number: int,
+        *,
+        first: "Writer | None" = None,
+    ) -> None:
         self.mapping = mapping
         self.table = table
         self._session = session
         self._staging = f"staging_{number}"
+        self._diff = f"pg_temp.diff_{number}"
+        self._gone = "diff_gone_again" if first else "diff_gone"
         self._keys, self._values = staged_columns(mapping.config)
         self._sql, self._sql_by_index = (
             statements(
                 mapping.config,
                 table,
                 staging=f"pg_temp.{self._staging}",
-                diff=f"pg_temp.diff_{number}",
+                diff=self._diff,
+                first=(first or self)._diff,
                 ordered=ordered,
             )
             for ordered in (False, True)
@@ -314,7 +328,7 @@ class Writer:
         rejected = await self._count(sql["count_rejected_rows"]) if self._rejected_rows else 0
         found.absent = found.target_rows - (found.stored - found.inserted.rows) - rejected
         if found.absent and self.mapping.config.on_absent == "delete":
-            await self._execute(sql["diff_gone"], max(found.inserted.last, found.updated.last))
+            await self._execute(sql[self._gone], max(found.inserted.last, found.updated.last))
             await self._summarize(found)
 
     async def _summarize(self, found: Diff) -> None:
@@ -351,10 +365,6 @@ class Writer:
         """How far the diff's `ops` would move the total of each numeric value column, exactly."""
         rows = await self._fetch(self._sql["totals"], [op.encode() for op in ops])
         return {name: text for name, text in rows[0].items() if text is not None}
-
-    async def count_gone(self) -> int:
-        """How many rows of the diff's deletions are still there."""
-        return await self._count(self._sql["count_gone"])
 
     @property
     def batch_rows(self) -> int:

@@ -58,15 +58,16 @@ SELECT $1 + row_number() OVER (ORDER BY {t_keys}), 'd', {t_keys}, {t_values}
 FROM {target} AS t
 WHERE t.{synced_at} IS NOT NULL AND NOT EXISTS (SELECT FROM {staging} AS s WHERE {same_key});
 
+-- name: diff_gone_again
+INSERT INTO {diff} (n, op, {keys}, {olds})
+SELECT $1 + row_number() OVER (ORDER BY s.n), 'd', {t_keys}, {t_values}
+FROM {first} AS s JOIN {target} AS t ON {same_key} WHERE s.op = 'd';
+
 -- name: summary
 SELECT op::text AS op, count(*) AS rows, min(n) - 1 AS after, max(n) AS last FROM {diff} GROUP BY op;
 
 -- name: totals
 SELECT {totals} FROM {diff} WHERE op = ANY($1::"char"[]);
-
--- name: count_gone
-SELECT count(*) FROM {diff} AS s
-WHERE s.op = 'd' AND EXISTS (SELECT FROM {target} AS t WHERE {same_key});
 
 -- name: index_diff
 CREATE INDEX ON {diff} (n);
