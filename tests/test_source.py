@@ -372,6 +372,15 @@ async def test_a_slow_reader_is_no_hanging_server(redis_url: str, redis: Redis) 
     assert found == expected.keys()
 
 
+async def test_a_scan_may_take_longer_than_a_reply(redis_url: str, redis: Redis) -> None:
+    expected = await fill(redis, 8_000)
+    async with source_of(redis_url, timeout=0.1, scan_count=1) as source:
+        loop = asyncio.get_running_loop()
+        start = loop.time()
+        assert (await read(source, BALANCES))[0] == expected
+        assert loop.time() - start > 0.2
+
+
 async def test_a_loading_server(private_redis: PrivateRedis) -> None:
     server = private_redis({"save": "900 1", "rdbcompression": "no"})
     with blocking.Redis.from_url(server.url) as other:
