@@ -84,7 +84,8 @@ def statements(
         "key_texts": ", ".join(_texts(config, keys, k)),
         "value_texts": ", ".join(f"{name}::text AS {name}" for name in v),
         "old_texts": ", ".join(f"{name}::text AS {name}" for name in o),
-        "totals": ", ".join(_totals(config)) or "NULL",
+        # Without a number it's one row all the same.
+        "totals": ", ".join(_totals(config)) or "max(NULL::text)",
     }
     return {name: block.format_map(parts) for name, block in _BLOCKS.items()}
 

@@ -114,13 +114,13 @@ class Engine:
 
 
 def make_config(dsn: str, url: str, *mappings: dict[str, Any], **sections: Any) -> Config:
-    """Make a configuration that gives up at the first failure, unless `retry` says else."""
+    """Make a configuration that gives up at the first failure and minds no rejects, by default."""
     table = {
         "redis": {"url": url, **sections.pop("redis", {})},
         "postgres": {"dsn": dsn, **sections.pop("postgres", {})},
         "mapping": list(mappings) or [{}],
-        "retry": {"attempts": 1},
-        "guard": {"max_rejects": 1.0},
+        "retry": {"attempts": 1, **sections.pop("retry", {})},
+        "guard": {"max_rejects": 1.0, **sections.pop("guard", {})},
         **sections,
     }
     return _CONFIG.validate_python(table)
