@@ -1,0 +1,88 @@
+"""Asking a running daemon over its own HTTP API, as the commands do."""
+
+import json
+from collections.abc import AsyncIterator
+from typing import Final
+
+import aiohttp
+
+from balancesync.config import HttpConfig
+from balancesync.documents import Document
+from balancesync.errors import BalanceSyncError, RunFailed, Unavailable
+
+_PREFIX: Final = "/sync-management"
+# A daemon on this machine answers at once, or isn't there.
+_ANSWER_S: Final = 5.0
+_EVERYWHERE: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104  # asked, not listened on
+
+
+class DaemonUnavailable(Unavailable):
+    """No daemon answers; is `balancesync run` up, and http.host and http.port the same?"""
+
+
+class Client:
+    """The daemon that the configuration names."""
+
+    def __init__(self, config: HttpConfig) -> None:
+        host = _EVERYWHERE.get(config.host, config.host)
+        self.address = f"[{host}]:{config.port}" if ":" in host else f"{host}:{config.port}"
+        token = config.token.get_secret_value()
+        self._headers = {"Authorization": f"Bearer {token}"} if token else {}
+
+    async def get(self, path: str) -> Document:
+        """The document at a path below the prefix, whatever its status says of health.
+
+        Raises DaemonUnavailable if nobody answers, RunFailed with what the daemon objects to.
+        """
+        return await self._ask("GET", path)
+
+    async def delete(self, path: str) -> Document:
+        """The answer to DELETE; raises as `get` does."""
+        return await self._ask("DELETE", path)
+
+    async def events(self) -> AsyncIterator[tuple[str, Document]]:
+        """The daemon's events as (kind, document), until it ends; raises DaemonUnavailable."""
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=_ANSWER_S)
+        async with self._session(timeout) as session:
+            try:
+                async with session.get(f"{_PREFIX}/events") as answer:
+                    await _check(answer)
+                    kind = ""
+                    async for raw in answer.content:
+                        name, _, value = raw.decode().rstrip("\n").partition(": ")
+                        if name == "event":
+                            kind = value
+                        elif name == "data":
+                            yield kind, json.loads(value)
+            except aiohttp.ClientError as error:
+                raise self._unavailable(error) from error
+
+    async def _ask(self, method: str, path: str) -> Document:
+        async with self._session(aiohttp.ClientTimeout(total=_ANSWER_S)) as session:
+            try:
+                async with session.request(method, f"{_PREFIX}{path}") as answer:
+                    return await _check(answer)
+            except (TimeoutError, aiohttp.ClientError) as error:
+                raise self._unavailable(error) from error
+
+    def _session(self, timeout: aiohttp.ClientTimeout) -> aiohttp.ClientSession:
+        # Not by a proxy: the daemon is a neighbour.
+        return aiohttp.ClientSession(
+            f"http://{self.address}", headers=self._headers, timeout=timeout, trust_env=False
+        )
+
+    def _unavailable(self, error: Exception) -> BalanceSyncError:
+        said = str(error).splitlines()[0] if str(error) else "no answer in time"
+        return DaemonUnavailable(f"no daemon answers at {self.address}: {said}")
+
+
+async def _check(answer: aiohttp.ClientResponse) -> Document:
+    if answer.content_type != "application/json":
+        if answer.ok:
+            return {}
+        raise RunFailed(f"the daemon answers {answer.status} {answer.reason}")
+    document: Document = await answer.json()
+    # A run has an error too, a text; that of a request is an object.
+    if isinstance(document.get("error"), dict):
+        raise RunFailed(f"the daemon says: {document['error']['message']}")
+    return document
