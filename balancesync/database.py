@@ -7,6 +7,8 @@ What an error means (SQLSTATE classes: PostgreSQL manual, appendix A):
     28*, 3D000 user, password, database          ConfigError           someone must act
     42501 a right is missing                     RightMissing          someone must act
     53100 disk full, 53200 out of memory         Transient             try again
+    40*, 55P03 locks; 42P01, 42703, 42804, 0A000 Transient, where no   try again
+    a table was changed in the middle of a run   slice of its own can
     anything else                                passes through        it's a bug, or the caller's
 """
 
@@ -50,6 +52,17 @@ _SESSION: Final = {
 }
 _SESSION_14: Final = {"client_connection_check_interval": "2s", "idle_session_timeout": "0"}
 _LOCK_POLL_S: Final = 0.1
+# Seconds, thirty years of them: to the driver, None would mean the connection's own limit.
+NO_LIMIT: Final = 1e9
+# Another session held a lock, or changed a table in the middle of the run.
+_PASSING: Final = (
+    asyncpg.TransactionRollbackError,
+    asyncpg.LockNotAvailableError,
+    asyncpg.UndefinedTableError,
+    asyncpg.UndefinedColumnError,
+    asyncpg.DatatypeMismatchError,
+    asyncpg.InvalidCachedStatementError,
+)
 
 
 @cache
@@ -110,10 +123,16 @@ class Database:
                 yield connection  # type: ignore[misc]  # a PoolConnectionProxy is one in all but name
 
     async def connect(self) -> Connection:
-        """Open a session of one's own: no statement time-out, locks and temporary tables live."""
+        """Open a session of one's own, in which locks and temporary tables live.
+
+        A statement may take `postgres.timeout` seconds, any other time only with `timeout=NO_LIMIT`
+        and somebody who watches it.
+        """
         with self.translated():
             connection: Connection = await asyncpg.connect(
-                self.config.dsn.get_secret_value(), timeout=self.config.timeout
+                self.config.dsn.get_secret_value(),
+                timeout=self.config.timeout,
+                command_timeout=self.config.timeout,
             )
             try:
                 await asyncio.wait_for(_prepare(connection), self.config.timeout)
@@ -130,12 +149,18 @@ class Database:
         return connection
 
     @contextmanager
-    def translated(self) -> Iterator[None]:
-        """Turn the driver's errors into ours, as the module's table says."""
+    def translated(self, *, last: bool = False) -> Iterator[None]:
+        """Turn the driver's errors into ours, as the module's table says.
+
+        Those about locks and changed tables only as the `last` who could deal with them.
+        """
         try:
             yield
         except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError) as error:
             ours = translate(error, self.address)
+            if ours is None and last and isinstance(error, _PASSING):
+                said = str(error).splitlines()[0]
+                ours = Transient(f"PostgreSQL at {self.address} ended a statement: {said}")
             if ours is None:
                 raise
             raise ours from error
@@ -231,22 +256,29 @@ class Steps:
         self._refuse_newer(current)
         if current >= self.newest:
             return 0
-        schema = self._database.schema
         key = lock_key("steps", self._database.config.schema)
-        async with connection.transaction():
-            # In a transaction of its own and short, so waiting here holds nothing else back.
-            await connection.execute("SELECT pg_advisory_xact_lock($1)", key)
-            current = await self.current(connection)
-            # IF NOT EXISTS would ask for a right on the database even where the schema is there.
-            if await connection.fetchval("SELECT to_regnamespace($1)", schema) is None:
-                await connection.execute(f"CREATE SCHEMA {schema}")
-            for number in range(current, self.newest):
-                await connection.execute(self._steps[number].format(schema=schema))
-                await connection.execute(
-                    f"INSERT INTO {schema}.steps (step) VALUES ($1)",  # noqa: S608  # quoted
-                    number + 1,
-                )
-        return self.newest - current
+        # Before the transaction, whose beginning makes this session see what others have created:
+        # inside, the names that were looked up above in vain would still be missing.
+        await connection.execute("SELECT pg_advisory_lock($1)", key)
+        try:
+            async with connection.transaction():
+                return await self._take_missing(connection)
+        finally:
+            await connection.execute("SELECT pg_advisory_unlock($1)", key)
+
+    async def _take_missing(self, connection: Connection) -> int:
+        schema = self._database.schema
+        current = await self.current(connection)
+        # IF NOT EXISTS would ask for a right on the database even where the schema is there.
+        if await connection.fetchval("SELECT to_regnamespace($1)", schema) is None:
+            await connection.execute(f"CREATE SCHEMA {schema}")
+        for number in range(current, self.newest):
+            await connection.execute(self._steps[number].format(schema=schema))
+            await connection.execute(
+                f"INSERT INTO {schema}.steps (step) VALUES ($1)",  # noqa: S608  # quoted
+                number + 1,
+            )
+        return max(self.newest - current, 0)
 
     def _refuse_newer(self, current: int) -> None:
         # Steps only add, so one step ahead is a rolling upgrade under way and still fits.

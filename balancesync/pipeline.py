@@ -81,7 +81,7 @@ class Pipeline:
         """
         session = await Session.open(self._database, self._on_alive)
         try:
-            with self._database.translated():
+            with self._database.translated(last=True):
                 await self._open(session, wait_s)
                 if await self._is_recent(session):
                     self._run.status = "skipped"
@@ -101,8 +101,7 @@ class Pipeline:
     async def _read(self, session: Session, parts: list[Part]) -> None:
         """Scan, stage and diff; a mapping that can't be read as a whole leaves `parts`."""
         identity = await self._source.identity()
-        self._run.redis_run_id = identity.run_id
-        await self._warn_of_other_redis(session)
+        await self._warn_of_other_redis(session, identity.run_id)
         self._sizes = await self._source.dbsize()
         for part in list(parts):
             try:
@@ -127,6 +126,7 @@ class Pipeline:
             for part in parts:
                 name = part.mapping.name
                 self._committed[name] = self._earlier(name) + part.applied.written
+        await session.use_any_plan()
 
     async def _open(self, session: Session, wait_s: float) -> None:
         connection = session.connection
@@ -143,7 +143,7 @@ class Pipeline:
 
     async def _is_recent(self, session: Session) -> bool:
         interval = self._config.schedule.min_interval
-        if self._request.force or not interval or not self.recorded:
+        if self._request.job != "sync" or self._request.force or not interval or not self.recorded:
             return False
         last = await self._records.last_success(session.connection)
         age = (await session.clock() - last.started_at).total_seconds() if last else interval
@@ -182,11 +182,12 @@ class Pipeline:
             parts.append(Part(mapping, reading_of(mapping), writer))
         return parts
 
-    async def _warn_of_other_redis(self, session: Session) -> None:
-        if not self.recorded:
-            return
-        before = await self._records.last_redis(session.connection, self._run.id)
-        if before not in (None, self._run.redis_run_id):
+    async def _warn_of_other_redis(self, session: Session, run_id: str) -> None:
+        before = self._run.redis_run_id  # of an attempt before
+        self._run.redis_run_id = run_id
+        if before is None and self.recorded:
+            before = await self._records.last_redis(session.connection, self._run.id)
+        if before not in (None, run_id):
             self._warn(
                 "Redis was restarted or replaced since the last run (its run_id is another):"
                 " its values may have gone back in time"
@@ -291,7 +292,7 @@ class Pipeline:
             run.status = "succeeded"
             close()
         if self.recorded:
-            async with connection.transaction():
+            async with session.transaction():
                 if run.mode == "apply":
                     await self._remember(session, parts, success=not problem)
                 await self._records.save(connection, run)
@@ -301,7 +302,8 @@ class Pipeline:
     async def _remember(self, session: Session, parts: Sequence[Part], *, success: bool) -> None:
         run, connection = self._run, session.connection
         names = [part.mapping.name for part in parts]
-        await self._records.merge_rejects(connection, run, await session.clock(), names)
+        at = await session.clock()
+        await session.watch(self._records.merge_rejects(connection, run, at, names))
         await self._records.forget_old(connection, run.id)
         if success and (run.full or self._request.accept_loss):
             baselines = {part.mapping.name: part.baseline for part in parts}

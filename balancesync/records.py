@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import Any, Final
 from uuid import UUID
 
-from balancesync.database import Connection, Database, load_sql, lock_key
+from balancesync.database import NO_LIMIT, Connection, Database, load_sql, lock_key
 from balancesync.metrics import Known
 from balancesync.model import Baseline, Counts, Run
 
@@ -163,8 +163,9 @@ class Records:
     ) -> None:
         """Keep what this session staged as rejects; those of fully scanned mappings that are no
         more are healed. What is kept already is left alone."""
-        await connection.execute(self._sql["merge_rejects"], at, run.id)
-        await connection.execute(self._sql["heal_rejects"], at, list(scanned))
+        # However many they are: whoever calls this watches over it.
+        await connection.execute(self._sql["merge_rejects"], at, run.id, timeout=NO_LIMIT)
+        await connection.execute(self._sql["heal_rejects"], at, list(scanned), timeout=NO_LIMIT)
 
     async def remembered(self, connection: Connection) -> dict[str, Remembered]:
         """What the guard knows, by mapping."""

@@ -5,6 +5,7 @@ import random
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
+from typing import Final
 
 import structlog
 
@@ -26,6 +27,9 @@ from balancesync.pipeline import Pipeline, Progress
 from balancesync.records import Records
 from balancesync.report import Report
 from balancesync.source import Source
+
+# A backend finds its client gone within this: see `tcp_user_timeout` and the like in `database`.
+_LINGER_S: Final = 15.0
 
 log = structlog.get_logger("balancesync")
 
@@ -120,6 +124,10 @@ class Sync:
         committed: dict[str, Applied] = {}
         while True:
             run.attempts += 1
+            # An attempt whose last COMMIT's reply was lost has left its success here.
+            run.status, run.finished_at, run.duration_s = "running", None, None
+            # The lock of an attempt that lost its session falls when PostgreSQL notices.
+            patience_s = wait_s if run.attempts == 1 else max(wait_s, _LINGER_S)
             pipeline = Pipeline(
                 self._config,
                 self._database,
@@ -131,7 +139,7 @@ class Sync:
                 on_alive=self._on_alive,
             )
             try:
-                await pipeline.execute(wait_s, close)
+                await pipeline.execute(patience_s, close)
             except Transient as error:
                 gives_way = postpone and isinstance(error, Unavailable)
                 if gives_way or run.attempts >= retry.attempts:

@@ -4,15 +4,15 @@ Lose the connection, and lock and staging are lost together: nothing has to be f
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, BinaryIO, Final, Literal, TypeVar, cast
 
 import asyncpg
 
-from balancesync.database import Connection, Database, load_sql, lock_key, take_lock
+from balancesync.database import NO_LIMIT, Connection, Database, load_sql, lock_key, take_lock
 from balancesync.errors import PostgresUnavailable
 from balancesync.mapping import Mapping
 from balancesync.model import Batch, Reject
@@ -38,6 +38,8 @@ _INDEX_RATIO: Final = 4
 _STATISTICS_TARGET: Final = 1
 _STAGE_BYTES: Final = 1 << 20
 _CLOSE_S: Final = 2.0
+# A statement may end, and its reply be under way, just when a probe looks.
+_REPLY_S: Final = 1.0
 # A reject is kept to be looked at: more of its value would only fill the table.
 _KEPT_VALUE_BYTES: Final = 65_536
 
@@ -115,6 +117,8 @@ class Session:
         """
         with suppress(asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError):
             async with asyncio.timeout(_CLOSE_S):
+                if not self.connection.is_closed() and self.connection.is_in_transaction():
+                    await self.connection.execute("ROLLBACK")
                 await self.connection.execute("SELECT pg_advisory_unlock_all()")
         self.drop()
 
@@ -130,8 +134,25 @@ class Session:
 
     async def clock(self) -> datetime:
         """PostgreSQL's time."""
-        now: datetime = await self.watch(self.connection.fetchval("SELECT clock_timestamp()"))
+        now: datetime = await self.connection.fetchval("SELECT clock_timestamp()")
         return now
+
+    async def use_any_plan(self) -> None:
+        """End what `Writer.plan_by_index` began."""
+        for setting in ("enable_hashjoin", "enable_mergejoin", "lock_timeout"):
+            await self.connection.execute(f"RESET {setting}")
+
+    @asynccontextmanager
+    async def transaction(self, isolation: str = "READ COMMITTED") -> AsyncIterator[None]:
+        """A transaction for the length of a block; if it raises, the session can only be closed.
+
+        The driver's own would roll back on a connection that `watch` has dropped, and so put an
+        error of its own in the place of what ended the block, be it a cancellation.
+        """
+        begin = f"BEGIN ISOLATION LEVEL {isolation}"
+        await self.watch(self.connection.execute(begin, timeout=NO_LIMIT))
+        yield
+        await self.watch(self.connection.execute("COMMIT", timeout=NO_LIMIT))
 
     async def watch(self, operation: Awaitable[T]) -> T:
         """Await a statement of this session, however long it takes, while PostgreSQL lives.
@@ -159,7 +180,10 @@ class Session:
         pid = self.connection.get_server_pid()
         async with asyncio.timeout(self.database.config.timeout), self.database.acquire() as probe:
             state = await probe.fetchval("SELECT state FROM pg_stat_activity WHERE pid = $1", pid)
-        if not task.done() and state != "active":
+        if state == "active":
+            return
+        await asyncio.wait({task}, timeout=_REPLY_S)
+        if not task.done():
             raise PostgresUnavailable(
                 f"PostgreSQL at {self.database.address} isn't working on the statement that this"
                 f" run waits for (its session is {state or 'gone'})"
@@ -206,12 +230,14 @@ class Writer:
         self._rejected_rows = 0
 
     async def _execute(self, sql: str, *arguments: object) -> int:
-        status: str = await self._session.watch(self._session.connection.execute(sql, *arguments))
+        status: str = await self._session.watch(
+            self._session.connection.execute(sql, *arguments, timeout=NO_LIMIT)
+        )
         return int(status.rpartition(" ")[2] or 0) if status[-1:].isdigit() else 0
 
     async def _fetch(self, sql: str, *arguments: object) -> list[asyncpg.Record]:
         rows: list[asyncpg.Record] = await self._session.watch(
-            self._session.connection.fetch(sql, *arguments)
+            self._session.connection.fetch(sql, *arguments, timeout=NO_LIMIT)
         )
         return rows
 
@@ -248,6 +274,7 @@ class Writer:
                 source=data,
                 columns=columns,
                 format="text",
+                timeout=NO_LIMIT,
             )
         )
 
@@ -271,22 +298,21 @@ class Writer:
                     for r in rejects
                 ],
                 columns=["mapping", "key", "value", "reason", "detail"],
+                timeout=NO_LIMIT,
             )
         )
 
     async def diff(self) -> Diff:
         """Compare what is staged with the table, as one snapshot sees it."""
         await self.flush()
-        connection = self._session.connection
         found = Diff()
-        with self._session.database.translated():
-            async with connection.transaction(isolation="repeatable_read"):
-                await self._analyze()
-                found.stored = await self._drop_duplicates()
-                found.rejected = await self._count_rejects()
-                if self.table.exists:
-                    found.target_rows = await self._count(self._sql["count_target"])
-                await self._compare(found)
+        async with self._session.transaction("REPEATABLE READ"):
+            await self._analyze()
+            found.stored = await self._drop_duplicates()
+            found.rejected = await self._count_rejects()
+            if self.table.exists:
+                found.target_rows = await self._count(self._sql["count_target"])
+            await self._compare(found)
         return found
 
     async def _analyze(self) -> None:
