@@ -1,5 +1,7 @@
 """Every column type as key and as value, in every Redis type, mode and policy, exactly."""
 
+import json
+import re
 from collections.abc import Awaitable, Callable
 from itertools import product
 from typing import Any, cast
@@ -63,6 +65,11 @@ KEYS: dict[str, list[str]] = {
 }
 
 
+def table_of(sql: str) -> str:
+    """Give a name for the mapping and the table of one type."""
+    return re.sub(r"\W+", "_", sql).strip("_")
+
+
 async def printed(pg: asyncpg.Connection, column: str, table: str = "balances") -> dict[str, Any]:
     """Give a column's values as PostgreSQL prints them, by the key `id`."""
     await pg.execute("SET timezone = 'UTC'")
@@ -70,80 +77,95 @@ async def printed(pg: asyncpg.Connection, column: str, table: str = "balances") 
     return {row["id"]: row["value"] for row in rows}
 
 
-@pytest.mark.parametrize("sql", VALUES)
-async def test_value_in_every_kind_of_record(
-    engine: MakeEngine, redis: Redis, pg: asyncpg.Connection, sql: str
-) -> None:
-    columns = {"id": "bigint", "value": sql}
-    kinds: dict[str, dict[str, Any]] = {
-        "string": {"type": "string"},
-        "hash": {"type": "hash", "fields": {"value": "amount"}},
-        "json": {"type": "json", "fields": {"value": "amount"}},
-        "member": {"type": "hash", "key": "big", "member": "{id}"},
+KINDS: dict[str, dict[str, Any]] = {
+    "string": {"type": "string", "key": "{table}:{{id}}"},
+    "hash": {"type": "hash", "key": "{table}:{{id}}", "fields": {"value": "amount"}},
+    "json": {"type": "json", "key": "{table}:{{id}}", "fields": {"value": "amount"}},
+    "member": {"type": "hash", "key": "{table}", "member": "{id}"},
+}
+
+
+def mapping_of(kind: str, sql: str, columns: dict[str, str]) -> dict[str, Any]:
+    """Make the mapping of one type, in records of this kind."""
+    table = table_of(sql)
+    settings = KINDS[kind]
+    return {
+        **settings,
+        "key": settings["key"].format(table=table),
+        "name": table,
+        "table": table,
+        "columns": columns,
+        "on_absent": "delete",
     }
-    for number, value in enumerate(VALUES[sql]):
-        await redis.set(f"string:{number}", value)
-        await redis.hset(f"hash:{number}", "amount", value)
-        text = value.replace("\\", "\\\\").replace("\t", "\\t").replace("\n", "\\n")
-        await redis.set(f"json:{number}", f'{{"amount": "{text}"}}')
-        await redis.hset("big", str(number), value)
-    mappings = [
-        {"name": kind, "table": kind, "columns": columns, "key": f"{kind}:{{id}}", **settings}
-        for kind, settings in kinds.items()
-    ]
-    sync = engine(*mappings)
-    run = await sync.good()
-    expected = {str(number): text for number, text in enumerate(VALUES[sql].values())}
-    for kind in kinds:
-        assert await printed(pg, "value", kind) == expected
-        assert run.mappings[kind].inserted == len(expected)
+
+
+async def put(redis: Redis, kind: str, sql: str, key: str, value: str) -> None:
+    """Set one record of this kind."""
+    table = table_of(sql)
+    if kind == "string":
+        await redis.set(f"{table}:{key}", value)
+    elif kind == "hash":
+        await redis.hset(f"{table}:{key}", "amount", value)
+    elif kind == "json":
+        await redis.set(f"{table}:{key}", json.dumps({"amount": value, "other": [1]}))
+    else:
+        await redis.hset(table, key, value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_values_of_every_type(
+    engine: MakeEngine, redis: Redis, pg: asyncpg.Connection, kind: str
+) -> None:
+    for sql, values in VALUES.items():
+        for number, value in enumerate(values):
+            await put(redis, kind, sql, str(number), value)
+    sync = engine(*(mapping_of(kind, sql, {"id": "bigint", "value": sql}) for sql in VALUES))
+    await sync.good()
+    for sql, values in VALUES.items():
+        expected = {str(number): text for number, text in enumerate(values.values())}
+        assert await printed(pg, "value", table_of(sql)) == expected
     # All of it is unchanged to the next run, however PostgreSQL prints it.
-    again = await sync.good()
-    assert again.counts.unchanged == 4 * len(expected)
-    assert (await sync.verify()).counts.unchanged == 4 * len(expected)
+    count = sum(map(len, VALUES.values()))
+    assert (await sync.good()).counts.unchanged == count
+    assert (await sync.verify()).counts.unchanged == count
 
 
-@pytest.mark.parametrize("sql", KEYS)
-async def test_key_in_every_kind_of_record(
-    engine: MakeEngine, redis: Redis, pg: asyncpg.Connection, sql: str
+@pytest.mark.parametrize("kind", KINDS)
+async def test_keys_of_every_type(
+    engine: MakeEngine, redis: Redis, pg: asyncpg.Connection, kind: str
 ) -> None:
     """Each key goes to a row and, printed by PostgreSQL, leads back from the row to the key."""
-    columns = {"id": sql, "value": "bigint"}
-    keys = KEYS[sql]
-    for number, key in enumerate(keys):
-        await redis.set(f"string:{key}", number)
-        await redis.hset(f"hash:{key}", "value", str(number))
-        await redis.set(f"json:{key}", f'{{"value": {number}}}')
-        await redis.hset("big", key, str(number))
-    common = {"columns": columns, "on_absent": "delete"}
-    names = ["string", "hash", "json", "member"]
-    mappings: list[dict[str, Any]] = [
-        {**common, "name": name, "table": name, "type": name, "key": f"{name}:{{id}}"}
-        for name in names
-    ]
-    mappings[-1] |= {"type": "hash", "key": "big", "member": "{id}"}
+    for sql, keys in KEYS.items():
+        for number, key in enumerate(keys):
+            await put(redis, kind, sql, key, str(number))
+    mappings = [mapping_of(kind, sql, {"id": sql, "value": "bigint"}) for sql in KEYS]
     sync = engine(*mappings, guard={"max_loss": 1.0})
-    assert (await sync.good()).counts.inserted == 4 * len(keys)
-    assert (await sync.good()).counts.unchanged == 4 * len(keys)
-    for name in names:
-        found = await pg.fetchval(f"SELECT array_agg(value ORDER BY value) FROM {name}")
+    count = sum(map(len, KEYS.values()))
+    assert (await sync.good()).counts.inserted == count
+    assert (await sync.good()).counts.unchanged == count
+    for sql, keys in KEYS.items():
+        found = await pg.fetchval(f"SELECT array_agg(value ORDER BY value) FROM {table_of(sql)}")
         assert found == list(range(len(keys)))
 
     # Verify reads again what differs, by the keys that PostgreSQL prints.
-    await pg.execute("; ".join(f"UPDATE {name} SET value = value + 100" for name in names))
+    await pg.execute("; ".join(f"UPDATE {table_of(sql)} SET value = value + 100" for sql in KEYS))
     run = await sync.verify()
-    assert run.counts.updated == 4 * len(keys)
-    by_key = {row.key: row.new for report in sync.reports for row in report.rows["u"]}
-    assert by_key == {(key,): (str(number),) for number, key in enumerate(keys)}
-    assert (await sync.good()).counts.updated == 4 * len(keys)
+    assert run.counts.updated == count
+    for report, keys in zip(sync.reports, KEYS.values(), strict=True):
+        by_key = {row.key: row.new for row in report.rows["u"]}
+        assert by_key == {(key,): (str(number),) for number, key in enumerate(keys)}
+    assert (await sync.good()).counts.updated == count
 
     # A row whose key is gone goes, and only that one.
-    await redis.delete(*(f"{name}:{keys[0]}" for name in names[:-1]))
-    await redis.hdel("big", keys[0])
-    run = await sync.good()
-    assert (run.counts.deleted, run.counts.unchanged) == (4, 4 * len(keys) - 4)
-    for name in names:
-        assert await pg.fetchval(f"SELECT min(value) FROM {name}") == 1
+    for sql, keys in KEYS.items():
+        if kind == "member":
+            await redis.hdel(table_of(sql), keys[0])
+        else:
+            await redis.delete(f"{table_of(sql)}:{keys[0]}")
+    counts = (await sync.good()).counts
+    assert (counts.deleted, counts.unchanged) == (len(KEYS), count - len(KEYS))
+    for sql in KEYS:
+        assert await pg.fetchval(f"SELECT min(value) FROM {table_of(sql)}") == 1
 
 
 class ComingBack(Source):
@@ -156,27 +178,21 @@ class ComingBack(Source):
         return await super().exists(reading, keys)
 
 
-@pytest.mark.parametrize("sql", KEYS)
-async def test_key_that_the_scan_missed_is_not_deleted(
-    engine: MakeEngine, redis: Redis, pg: asyncpg.Connection, sql: str
+async def test_keys_that_the_scan_missed_are_not_deleted(
+    engine: MakeEngine, redis: Redis, pg: asyncpg.Connection
 ) -> None:
     """SCAN may miss a key that is made anew meanwhile: the printed key finds it after all."""
-    mapping = {
-        "key": "b:{id}",
-        "columns": {"id": sql, "value": "bigint"},
-        "on_absent": "delete",
-    }
-    keys = [f"b:{key}" for key in KEYS[sql]]
+    mappings = [mapping_of("string", sql, {"id": sql, "value": "bigint"}) for sql in KEYS]
+    keys = [f"{table_of(sql)}:{key}" for sql in KEYS for key in KEYS[sql]]
     await redis.mset(dict.fromkeys(keys, "1"))
-    await engine(mapping).good()
+    sync = engine(*mappings, source=ComingBack)
+    await sync.good()
     await redis.delete(*keys)
-    sync = engine(mapping, source=ComingBack)
-    # Another key lets the guard pass; all others come back between the scan and the deletion.
-    await redis.set("other", "1")
     cast(ComingBack, sync.source).come_back = lambda: redis.mset(dict.fromkeys(keys, "1"))
-    run = await sync.good(accept_loss=True)
-    assert (run.counts.deleted, run.counts.absent) == (0, 0)
-    assert await pg.fetchval("SELECT count(*) FROM balances") == len(keys)
+    counts = (await sync.good(accept_loss=True)).counts
+    assert (counts.deleted, counts.absent) == (0, 0)
+    for sql, texts in KEYS.items():
+        assert await pg.fetchval(f"SELECT count(*) FROM {table_of(sql)}") == len(texts)
 
 
 async def test_composite_keys_in_any_order(
