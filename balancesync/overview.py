@@ -1,6 +1,7 @@
 """How things stand: the documents of `status`, `stats` and `health`, from both servers."""
 
 import asyncio
+import math
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from time import perf_counter
@@ -10,7 +11,7 @@ from balancesync.config import Config
 from balancesync.database import Connection, Database, Steps, load_sql, lock_key
 from balancesync.documents import Document, run_document, time_text
 from balancesync.errors import BalanceSyncError
-from balancesync.model import Run
+from balancesync.model import Run, exceeds
 from balancesync.records import Records
 from balancesync.source import Source
 
@@ -19,6 +20,8 @@ Level = Literal["ok", "degraded", "failed"]
 # Whoever asks how things stand wants to know it now, and not after a statement's time-out.
 _PROBE_S: Final = 5.0
 _SEARCHED_RUNS: Final = 100
+# What `stats` says of each of the last runs.
+SHORT: Final = ("id", "job", "trigger", "mode", "status", "mapping", "started_at", "duration_s")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +63,71 @@ async def probe_postgres(database: Database) -> Server:
     return Server(connected=True, version=number, latency_ms=round(latency_s * 1000, 3))
 
 
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """What PostgreSQL holds of the runs, read at one moment: `at`, by its clock.
+
+    `rejects` are the open ones by mapping and reason, `present` the keys of the last successes,
+    `writing` whether anybody holds the writer's lock.
+    """
+
+    at: datetime
+    current: Run | None
+    last: Run | None
+    success: Run | None
+    refusals: list[Document]
+    rejects: dict[str, dict[str, int]]
+    present: int
+    writing: bool
+
+    def success_age_s(self, later_s: float = 0.0) -> float | None:
+        """Seconds since the last success, so many seconds after this was read."""
+        if self.success is None or self.success.finished_at is None:
+            return None
+        return round(max((self.at - self.success.finished_at).total_seconds() + later_s, 0.0), 3)
+
+
+async def read(database: Database) -> Recorded:
+    """Ask PostgreSQL for all that `status` and `health` say of the runs.
+
+    Raises SchemaMissing, SchemaTooNew.
+    """
+    records = Records(database)
+    writer = lock_key("writer", database.config.schema)
+    async with database.acquire() as connection:
+        await Steps(database).check(connection)
+        runs = await records.runs(connection, limit=_SEARCHED_RUNS)
+        known = await records.remembered(connection)
+        return Recorded(
+            at=await connection.fetchval("SELECT clock_timestamp()"),
+            current=next((run for run in runs if run.status == "running"), None),
+            last=next((run for run in runs if run.status != "running"), None),
+            success=await records.last_success(connection),
+            refusals=[
+                {"mapping": name, "reason": each.refusal, "refused_at": time_text(each.refused_at)}
+                for name, each in sorted(known.items())
+                if each.refusal is not None
+            ],
+            rejects=await records.count_rejects(connection),
+            present=sum(each.baseline.present for each in known.values() if each.baseline),
+            writing=await connection.fetchval(load_sql("overview")["writer"], writer),
+        )
+
+
 async def status(database: Database, source: Source) -> Document:
     """What runs, what ran, what the guard refuses, both servers.
 
     Without PostgreSQL all but the servers is null. Raises SchemaMissing, SchemaTooNew.
     """
     redis, postgres = await asyncio.gather(probe_redis(source), probe_postgres(database))
+    recorded = await read(database) if postgres.connected else None
+    return status_document(redis, postgres, recorded)
+
+
+def status_document(
+    redis: Server, postgres: Server, recorded: Recorded | None, later_s: float = 0.0
+) -> Document:
+    """The content of `status`; `recorded` was read `later_s` seconds ago."""
     document: Document = {
         "state": None,
         "current_run": None,
@@ -74,36 +136,43 @@ async def status(database: Database, source: Source) -> Document:
         "last_success_age_s": None,
         "refusal": None,
     }
-    if postgres.connected:
-        async with database.acquire() as connection:
-            await Steps(database).check(connection)
-            document |= await _recorded(Records(database), connection)
+    if recorded is not None:
+        current, last, success = recorded.current, recorded.last, recorded.success
+        document |= {
+            "state": "running" if current else "idle",
+            "current_run": run_document(current) if current else None,
+            "last_run": run_document(last) if last else None,
+            "last_success_at": time_text(success.finished_at) if success else None,
+            "last_success_age_s": recorded.success_age_s(later_s),
+            "refusal": recorded.refusals or None,
+        }
     return document | {"redis": asdict(redis), "postgres": asdict(postgres)}
 
 
-async def _recorded(records: Records, connection: Connection) -> Document:
+async def stats(database: Database) -> Document:
+    """Totals, the last 100 runs, durations, rejects. Raises SchemaMissing, SchemaTooNew."""
+    async with database.acquire() as connection:
+        await Steps(database).check(connection)
+        return await stats_document(Records(database), connection)
+
+
+async def stats_document(records: Records, connection: Connection) -> Document:
+    """The content of `stats`."""
+    found = await records.stats(connection)
     runs = await records.runs(connection, limit=_SEARCHED_RUNS)
-    current = next((run for run in runs if run.status == "running"), None)
-    last = next((run for run in runs if run.status != "running"), None)
     success = await records.last_success(connection)
-    refusals = await _refusals(records, connection)
+    last: dict[str, int] = {}
+    for run in runs:
+        last[run.status] = last.get(run.status, 0) + 1
     return {
-        "state": "running" if current else "idle",
-        "current_run": run_document(current) if current else None,
-        "last_run": run_document(last) if last else None,
+        "totals": found["totals"],
+        "last_runs": last,
+        "recent_runs": [{name: run_document(run)[name] for name in SHORT} for run in runs],
+        "durations": {"p50_s": found["p50_s"], "p95_s": found["p95_s"]},
+        "rejects": await records.count_rejects(connection),
         "last_success_at": time_text(success.finished_at) if success else None,
         "last_success_age_s": await _age_s(connection, success),
-        "refusal": refusals or None,
     }
-
-
-async def _refusals(records: Records, connection: Connection) -> list[Document]:
-    known = await records.remembered(connection)
-    return [
-        {"mapping": name, "reason": each.refusal, "refused_at": time_text(each.refused_at)}
-        for name, each in sorted(known.items())
-        if each.refusal is not None
-    ]
 
 
 async def _age_s(connection: Connection, success: Run | None) -> float | None:
@@ -113,44 +182,24 @@ async def _age_s(connection: Connection, success: Run | None) -> float | None:
     return round(max((now - success.finished_at).total_seconds(), 0.0), 3)
 
 
-async def stats(database: Database) -> Document:
-    """Totals, the last 100 runs, durations, rejects. Raises SchemaMissing, SchemaTooNew."""
-    async with database.acquire() as connection:
-        await Steps(database).check(connection)
-        records = Records(database)
-        found = await records.stats(connection)
-        runs = await records.runs(connection, limit=100)
-        success = await records.last_success(connection)
-        last: dict[str, int] = {}
-        for run in runs:
-            last[run.status] = last.get(run.status, 0) + 1
-        return {
-            "totals": found["totals"],
-            "last_runs": last,
-            "durations": {"p50_s": found["p50_s"], "p95_s": found["p95_s"]},
-            "rejects": await records.count_rejects(connection),
-            "last_success_at": time_text(success.finished_at) if success else None,
-            "last_success_age_s": await _age_s(connection, success),
-        }
-
-
 async def health(config: Config, database: Database, source: Source) -> Document:
     """Whether all is well, check by check: `healthy`, `degraded` or `unhealthy`."""
     redis, postgres = await asyncio.gather(probe_redis(source), probe_postgres(database))
-    checks: dict[str, Document] = {
-        "redis": _server_check(redis, "degraded"),
-        "postgres": _server_check(postgres, "failed"),
-    }
+    checks = server_checks(redis, postgres)
     if postgres.connected:
         try:
-            async with asyncio.timeout(_PROBE_S), database.acquire() as connection:
-                await Steps(database).check(connection)
-                checks |= await _recorded_checks(config, database, connection)
+            async with asyncio.timeout(_PROBE_S):
+                checks |= recorded_checks(config, await read(database))
         except BalanceSyncError as error:
-            checks["schema"] = _check("failed", str(error))
+            checks["schema"] = check("failed", str(error))
         except TimeoutError:
-            checks["schema"] = _check("failed", f"no answer in {_PROBE_S:g} s")
-    levels = {check["status"] for check in checks.values()}
+            checks["schema"] = check("failed", f"no answer in {_PROBE_S:g} s")
+    return health_document(checks)
+
+
+def health_document(checks: dict[str, Document]) -> Document:
+    """The content of `health`: as bad as the worst of its checks."""
+    levels = {each["status"] for each in checks.values()}
     overall = "healthy"
     if "failed" in levels:
         overall = "unhealthy"
@@ -159,46 +208,61 @@ async def health(config: Config, database: Database, source: Source) -> Document
     return {"status": overall, "checks": checks}
 
 
-def _check(level: Level, detail: str) -> Document:
+def check(level: Level, detail: str) -> Document:
+    """One check: how it is, and what there is to say of it."""
     return {"status": level, "detail": detail}
+
+
+def server_checks(redis: Server, postgres: Server) -> dict[str, Document]:
+    """Whether both servers answer: without PostgreSQL nothing goes, without Redis reading does."""
+    return {
+        "redis": _server_check(redis, "degraded"),
+        "postgres": _server_check(postgres, "failed"),
+    }
 
 
 def _server_check(server: Server, otherwise: Level) -> Document:
     if server.connected:
-        return _check("ok", f"version {server.version}, {server.latency_ms} ms")
-    return _check(otherwise, server.error or "it doesn't answer")
+        return check("ok", f"version {server.version}, {server.latency_ms} ms")
+    return check(otherwise, server.error or "it doesn't answer")
 
 
-async def _recorded_checks(
-    config: Config, database: Database, connection: Connection
+def recorded_checks(
+    config: Config,
+    recorded: Recorded,
+    later_s: float = 0.0,
+    *,
+    overdue_s: float = math.inf,
 ) -> dict[str, Document]:
-    records = Records(database)
-    writer = lock_key("writer", config.postgres.schema)
-    held = await connection.fetchval(load_sql("overview")["writer"], writer)
-    refusals = await _refusals(records, connection)
-    refused = "; ".join(f'mapping "{each["mapping"]}": {each["reason"]}' for each in refusals)
+    """What the records say, `later_s` seconds after they were read.
+
+    A last success older than `overdue_s` seconds is a failure, and so is none at all, unless
+    `overdue_s` is infinite: then it's too early to say, or nothing is planned.
+    """
+    refused = "; ".join(
+        f'mapping "{each["mapping"]}": {each["reason"]}' for each in recorded.refusals
+    )
     return {
-        "schema": _check("ok", "up to date"),
-        "lock": _check("ok", "a writer is at work" if held else "free"),
-        "last_success": await _success_check(records, connection),
-        "refusal": _check("degraded", refused) if refused else _check("ok", "none stands"),
-        "rejects": await _reject_check(config, records, connection),
+        "schema": check("ok", "up to date"),
+        "lock": check("ok", "a writer is at work" if recorded.writing else "free"),
+        "last_success": _success_check(recorded.success_age_s(later_s), overdue_s),
+        "refusal": check("degraded", refused) if refused else check("ok", "none stands"),
+        "rejects": _reject_check(config, recorded),
     }
 
 
-async def _success_check(records: Records, connection: Connection) -> Document:
-    success = await records.last_success(connection)
-    if success is None:
-        return _check("degraded", "no sync of all mappings has succeeded yet")
-    return _check("ok", f"{await _age_s(connection, success):,.0f} s ago")
+def _success_check(age_s: float | None, overdue_s: float) -> Document:
+    if age_s is None:
+        level: Level = "failed" if math.isfinite(overdue_s) else "degraded"
+        return check(level, "no sync of all mappings has succeeded yet")
+    if age_s > overdue_s:
+        return check("failed", f"{age_s:,.0f} s ago, more than two intervals of the schedule")
+    return check("ok", f"{age_s:,.0f} s ago")
 
 
-async def _reject_check(config: Config, records: Records, connection: Connection) -> Document:
-    known = await records.remembered(connection)
-    present = sum(each.baseline.present for each in known.values() if each.baseline)
-    counts = await records.count_rejects(connection)
-    count = sum(sum(reasons.values()) for reasons in counts.values())
-    if count > config.guard.max_rejects * present:
+def _reject_check(config: Config, recorded: Recorded) -> Document:
+    count = sum(sum(reasons.values()) for reasons in recorded.rejects.values())
+    if exceeds(count, config.guard.max_rejects, recorded.present):
         limit = f"guard.max_rejects = {config.guard.max_rejects:g}"
-        return _check("degraded", f"{count:,} are open, more than {limit} allows")
-    return _check("ok", f"{count:,} open")
+        return check("degraded", f"{count:,} are open, more than {limit} allows")
+    return check("ok", f"{count:,} open")

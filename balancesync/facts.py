@@ -1,0 +1,290 @@
+"""What the daemon tells of itself and of the runs, fast and also when a server hangs.
+
+What PostgreSQL holds is read at most twice a second, however many ask, and nobody waits longer for
+it than a second: then the answer is the last that was read, with its age.
+"""
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Final, Literal
+from uuid import UUID
+
+from balancesync import overview
+from balancesync.config import Config
+from balancesync.database import Database
+from balancesync.documents import Document, run_document, time_text
+from balancesync.errors import BalanceSyncError
+from balancesync.model import Counts
+from balancesync.runner import Runner, Ticket, progress_document
+from balancesync.schedule import Schedule
+from balancesync.state import Events, State
+
+DaemonState = Literal["idle", "running", "standby", "draining"]
+
+_FRESH_S: Final = 0.5
+_USABLE_S: Final = 3.0
+_WAIT_S: Final = 1.0
+_KEPT_RUNS: Final = 100
+_OVERDUE_INTERVALS: Final = 2
+
+
+class Facts:
+    """Documents for the API. `follow` has to run beside it, for totals and for recent runs."""
+
+    def __init__(
+        self,
+        config: Config,
+        database: Database,
+        *,
+        state: State,
+        events: Events,
+        runner: Runner,
+        schedule: Schedule,
+    ) -> None:
+        self._config = config
+        self._state = state
+        self._events = events
+        self._runner = runner
+        self._schedule = schedule
+        self._records = Cache(database)
+        self.finished: OrderedDict[str, Document] = OrderedDict()
+        self._begin()
+
+    def _begin(self) -> None:
+        self._since = datetime.now(UTC)
+        self._totals: dict[tuple[str, str, str], list[float]] = {}
+        self._counts = Counts()
+
+    async def follow(self) -> None:
+        """Count the runs that end, until cancelled."""
+        while True:
+            with self._events.listen() as events:
+                async for event in events:
+                    if event.kind == "run_finished":
+                        self._take(event.document)
+            # It ends when the daemon does, or after a backlog that was dropped.
+            await asyncio.sleep(_FRESH_S)
+
+    def _take(self, run: Document) -> None:
+        self._records.expire()
+        self.finished[run["id"]] = run
+        while len(self.finished) > _KEPT_RUNS:
+            self.finished.popitem(last=False)
+        total = self._totals.setdefault((run["job"], run["mode"], run["status"]), [0, 0.0])
+        total[0] += 1
+        total[1] += run["duration_s"] or 0.0
+        if run["mode"] == "apply":
+            self._counts += Counts(**{name: run[name] for name in Counts().as_dict()})
+
+    def forget(self) -> int:
+        """Forget totals and what was read; returns how many runs the totals counted."""
+        runs = sum(int(total[0]) for total in self._totals.values())
+        self._begin()
+        self.finished.clear()
+        self._records.forget()
+        return runs
+
+    @property
+    def is_standby(self) -> bool:
+        """Whether another daemon is known to lead."""
+        return not self._state.leader and self._state.leader_name is not None
+
+    @property
+    def state(self) -> DaemonState:
+        """What the daemon does."""
+        if self._state.draining:
+            return "draining"
+        if self.is_standby:
+            return "standby"
+        return "running" if self._runner.current else "idle"
+
+    async def status(self) -> Document:
+        """What runs, what ran, what comes, what the guard refuses, both servers."""
+        recorded = await self._recorded()
+        document = overview.status_document(
+            self._state.redis, self._state.postgres, recorded, self._records.age_s
+        )
+        recorded_state = document["state"]
+        document["state"] = self.state
+        if self._runner.current:
+            document["current_run"] = ticket_document(self._runner.current)
+        elif recorded_state == "running":
+            # Another process's run: a command's, or the leader's.
+            document["current_run"] |= {"progress": None}
+            if document["state"] == "idle":
+                document["state"] = "running"
+        last = next(reversed(self.finished.values()), None)
+        known = document["last_run"]
+        # PostgreSQL doesn't know of a run that it was away for.
+        if last and (known is None or _end(last) > _end(known)):
+            document["last_run"] = without_report(last)
+        fires = [fire.next_at for fire in self._schedule.jobs() if fire.next_at is not None]
+        return document | {
+            "name": self._state.name,
+            "leader": self._state.leader_name,
+            "queued_runs": [str(ticket.run.id) for ticket in self._runner.queued],
+            "next_run_at": time_text(min(fires, default=None)),
+            "live": self._state.live,
+            "recorded_age_s": None if recorded is None else round(self._records.age_s, 3),
+        }
+
+    async def health(self) -> tuple[int, Document]:
+        """Status code and whether all is well, check by check.
+
+        A standby or draining daemon is none to be replaced: it's never unhealthy.
+        """
+        state = self._state
+        checks = overview.server_checks(state.redis, state.postgres)
+        if state.postgres.connected:
+            recorded = await self._recorded()
+            if recorded is not None:
+                checks |= overview.recorded_checks(
+                    self._config, recorded, self._records.age_s, overdue_s=self._overdue_s()
+                )
+            if self._records.error is not None:
+                checks["schema"] = overview.check("failed", self._records.error)
+        if self._config.live.enabled:
+            checks["live"] = overview.check("ok" if state.live == "up" else "degraded", state.live)
+        document = overview.health_document(checks)
+        if document["status"] == "unhealthy":
+            if self.state not in ("standby", "draining"):
+                return 503, document
+            document["status"] = "degraded"
+        return 200, document
+
+    def _overdue_s(self) -> float:
+        now = datetime.now(UTC)
+        overdue_s = _OVERDUE_INTERVALS * self._schedule.planned_interval(now)
+        is_young = (now - self._state.started_at).total_seconds() < overdue_s
+        return float("inf") if is_young else overdue_s
+
+    def since_start(self) -> Document:
+        """The totals since the daemon's start, or since they were cleared."""
+        return {
+            "at": time_text(self._since),
+            "totals": [
+                {"job": job, "mode": mode, "status": status, "runs": int(runs), "seconds": seconds}
+                for (job, mode, status), (runs, seconds) in self._totals.items()
+            ],
+            "records": self._counts.as_dict(),
+        }
+
+    def schedule(self) -> list[Document]:
+        """Every job with its next and last fire time."""
+        return [
+            {
+                "name": fire.name,
+                "cron": fire.cron,
+                "job": fire.job,
+                "timezone": fire.timezone,
+                "next_at": time_text(fire.next_at),
+                "last_at": time_text(fire.last_at),
+            }
+            for fire in self._schedule.jobs()
+        ]
+
+    async def last_success_at(self) -> datetime | None:
+        """When the last success ended, as far as is known."""
+        recorded = await self._recorded()
+        return recorded.success.finished_at if recorded and recorded.success else None
+
+    def run(self, run: UUID) -> Document | None:
+        """A run that is queued, runs, or ended a short while ago; with its report, if any."""
+        return self.runs().get(str(run))
+
+    def runs(self) -> dict[str, Document]:
+        """All runs of this process that it still knows, by id."""
+        tickets: Sequence[Ticket] = self._runner.queued
+        if self._runner.current:
+            tickets = [self._runner.current, *tickets]
+        return {**self.finished, **{str(each.run.id): ticket_document(each) for each in tickets}}
+
+    async def close(self) -> None:
+        """End what is under way."""
+        self._records.forget()
+
+    async def _recorded(self) -> overview.Recorded | None:
+        return await self._records.read(is_up=self._state.postgres.connected)
+
+
+class Cache:
+    """The last `overview.read`; `error` says why there's none newer."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._reading: asyncio.Task[None] | None = None
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget what was read, and end the reading."""
+        if self._reading is not None:
+            self._reading.cancel()
+        self._reading = None
+        self._found: overview.Recorded | None = None
+        self._found_at = 0.0
+        self._due = 0.0
+        self._expired = True
+        self._is_late = False
+        self.error: str | None = None
+
+    def expire(self) -> None:
+        """Something has happened: what was read is no longer the last word."""
+        self._expired = True
+        self._due = 0.0
+
+    @property
+    def age_s(self) -> float:
+        """How long ago it was read, in seconds."""
+        return asyncio.get_running_loop().time() - self._found_at
+
+    async def read(self, *, is_up: bool) -> overview.Recorded | None:
+        """What PostgreSQL holds, or held when it last answered; None if it never did.
+
+        While it isn't up it isn't asked.
+        """
+        if not is_up:
+            return self._found
+        loop = asyncio.get_running_loop()
+        if self._reading is None and loop.time() >= self._due:
+            self._reading = loop.create_task(self._read())
+        reading, is_fresh = self._reading, not self._expired and self.age_s < _USABLE_S
+        if reading is not None and not self._is_late and not (is_fresh and self._found):
+            done, _ = await asyncio.wait({reading}, timeout=_WAIT_S)
+            if done and not reading.cancelled():
+                reading.result()
+            elif not done:
+                # Who asks next gets the old answer at once, until this one has come.
+                self._is_late = True
+                self.error = f"PostgreSQL didn't answer in {_WAIT_S:g} s"
+        return self._found
+
+    async def _read(self) -> None:
+        self._expired = False
+        loop = asyncio.get_running_loop()
+        try:
+            found = await overview.read(self._database)
+        except BalanceSyncError as error:
+            self.error = str(error)
+        else:
+            self._found, self._found_at, self.error = found, loop.time(), None
+        finally:
+            if self._reading is asyncio.current_task():
+                self._reading, self._is_late = None, False
+                self._due = 0.0 if self._expired else loop.time() + _FRESH_S
+
+
+def ticket_document(ticket: Ticket) -> Document:
+    """A run of this process, with how far it is."""
+    progress = progress_document(ticket.run, ticket.progress) if ticket.progress else None
+    return run_document(ticket.run, ticket.reports or None) | {"progress": progress}
+
+
+def without_report(run: Document) -> Document:
+    """A run without the rows that a dry run or verify found: they're for those with the token."""
+    return {name: value for name, value in run.items() if name != "report"}
+
+
+def _end(run: Document) -> str:
+    return run["finished_at"] or ""
