@@ -334,9 +334,10 @@ async def test_modes_and_policies(
     assert await pg.fetchval(ROWS) == ([1, 2, 3, 4] if inserts else [1, 2])
 
     await redis.delete("balance:2")
-    counts = (await sync.good()).counts
     deletes = on_absent == "delete"
-    assert (counts.absent, counts.deleted) == (2, 1 if deletes else 0)
+    for request in ({"mode": "dry_run"}, {"job": "verify", "mode": "verify"}, {}):
+        counts = (await sync.good(**request)).counts
+        assert (counts.absent, counts.deleted) == (2, 1 if deletes else 0)
     expected = [1, 2, 3, 4] if inserts else [1, 2]
     assert await pg.fetchval(ROWS) == [row for row in expected if not (deletes and row == 2)]
 
