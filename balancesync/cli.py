@@ -98,7 +98,7 @@ def _execute(args: argparse.Namespace, config: "Config", *, report_bugs: bool) -
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             return runner.run(commands.COMMANDS[args.command](config, args))
     except BalanceSyncError as error:
-        _say(telemetry.hide(str(error), secrets))
+        _say(telemetry.printable(telemetry.hide(str(error), secrets)))
         return error.exit_code
 
 

@@ -10,13 +10,14 @@ import sys
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 from decimal import Decimal
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from balancesync.documents import Document
+from balancesync.telemetry import printable
 from balancesync.values import show as quoted
 
 _COUNTS: Final = {
@@ -50,11 +51,56 @@ _STYLES: Final = {
     "error": "red",
 }
 _PIPE_WIDTH: Final = 10_000
-_ROWS_SHOWN: Final = 10
 
 
-def write(*lines: str | Text | Table) -> None:
-    """Write to stdout, one line or table after the other.
+class Grid:
+    """Rows under columns; where they don't fit a terminal, a block of `column: cell` for each."""
+
+    def __init__(self, *columns: str, right: Iterable[str] = (), titled: bool = True) -> None:
+        self._columns = columns
+        self._right = set(right)
+        self._titled = titled
+        self._rows: list[tuple[str | Text, ...]] = []
+
+    def add_row(self, *cells: str | Text) -> None:
+        """Add a row, one cell for each column."""
+        self._rows.append(cells)
+
+    def fitted(self, console: Console) -> list[Table | str]:
+        """What to print."""
+        wide = self._make_table()
+        boundless = console.options.update_width(_PIPE_WIDTH)
+        fits = console.measure(wide, options=boundless).maximum <= console.width
+        if fits or not self._titled:
+            return [wide]
+        blocks: list[Table | str] = []
+        for row in self._rows:
+            block = Table(box=None, pad_edge=False, show_header=False)
+            block.add_column(style="bold")
+            block.add_column(overflow="fold")
+            for column, cell in zip(self._columns, row, strict=True):
+                block.add_row(column, cell)
+            blocks += [block, ""]
+        return blocks[:-1]
+
+    def _make_table(self) -> Table:
+        made = Table(
+            box=None,
+            pad_edge=False,
+            padding=(0, 2, 0, 0),
+            header_style="bold",
+            show_header=self._titled,
+        )
+        for column in self._columns:
+            justify: Literal["left", "right"] = "right" if column in self._right else "left"
+            made.add_column(column, justify=justify, overflow="fold")
+        for row in self._rows:
+            made.add_row(*row)
+        return made
+
+
+def write(*lines: str | Text | Grid) -> None:
+    """Write to stdout, one line or grid after the other.
 
     Quiet once the reader has gone, as in `balancesync runs | head`: the exit code stays what the
     command has earned. https://docs.python.org/3/library/signal.html#note-on-sigpipe
@@ -63,11 +109,13 @@ def write(*lines: str | Text | Table) -> None:
     console = Console(markup=False, highlight=False, emoji=False, width=width, soft_wrap=True)
     with console.capture() as captured:
         for line in lines:
-            console.print(line)
+            for piece in line.fitted(console) if isinstance(line, Grid) else [line]:
+                console.print(piece)
+    # Cells are filled up with blanks; what the reader's encoding lacks is escaped.
+    texts = [f"{text.rstrip()}\n" for text in captured.get().split("\n")[:-1]]
+    encoding = sys.stdout.encoding or "utf-8"
     try:
-        for text in captured.get().split("\n")[:-1]:
-            # Cells are filled up with blanks.
-            sys.stdout.write(f"{text.rstrip()}\n")
+        sys.stdout.write("".join(texts).encode(encoding, "backslashreplace").decode(encoding))
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -76,15 +124,6 @@ def write(*lines: str | Text | Table) -> None:
 def as_json(document: Document | Sequence[Document]) -> None:
     """Write a document to stdout; a list is one document, too."""
     write(json.dumps(document, indent=2))
-
-
-def table(*columns: str, right: Iterable[str] = ()) -> Table:
-    """An empty table whose columns called `right` are numbers."""
-    made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    numbers = set(right)
-    for column in columns:
-        made.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
-    return made
 
 
 def status_text(status: str) -> Text:
@@ -133,13 +172,13 @@ def show_run(run: Document) -> None:
     for report in run.get("report", ()):
         _show_report(report, run["mappings"][report["mapping"]], run["mode"])
     for warning in run["warnings"]:
-        write(Text(f"warning: {warning}", "yellow"))
+        write(Text(printable(f"warning: {warning}"), "yellow"))
 
 
-def _counts_table(run: Document) -> Table:
+def _counts_table(run: Document) -> Grid:
     mappings = run["mappings"]
     names = [name for name, always in _COUNTS.items() if always or run[name]]
-    made = table("mapping", *names, right=names)
+    made = Grid("mapping", *names, right=names)
     for mapping, counts in mappings.items():
         made.add_row(mapping, *(f"{counts[name]:,}" for name in names))
     if len(mappings) > 1:
@@ -154,7 +193,7 @@ def _show_report(report: Document, counts: Document, mode: str) -> None:
     title = "would change" if mode == "dry_run" else "differs"
     columns = [*rows[0]["key"], *(rows[0]["new"] or rows[0]["old"])]
     values = columns[len(rows[0]["key"]) :]
-    made = table(title, *columns)
+    made = Grid(title, *columns)
     for row in rows:
         cells = [_cell(text) for text in row["key"].values()]
         made.add_row(row["op"], *cells, *(_move(row, name) for name in values))
@@ -195,25 +234,26 @@ def show_runs(runs: Sequence[Document]) -> None:
         write("nothing has run yet")
         return
     names = ("scanned", "rejected", "inserted", "updated", "deleted")
-    made = table(
-        *("started (UTC)", "id", "job", "trigger", "mode", "status", "took"),
-        *names,
+    made = Grid(
+        *("started (UTC)", "job", "trigger", "mode", "status", "took", *names, "id"),
         right=("took", *names),
     )
     for run in runs:
         took = run["duration_s"]
         made.add_row(
-            *(moment(run["started_at"]), run["id"], run["job"], run["trigger"], run["mode"]),
+            *(moment(run["started_at"]), run["job"], run["trigger"], run["mode"]),
             status_text(run["status"]),
             "-" if took is None else ago(took),
             *(f"{run[name]:,}" for name in names),
+            run["id"],
         )
     write(made)
 
 
 def show_one_run(run: Document) -> None:
     """A recorded run with all of it."""
-    made = table("run", run["id"])
+    made = Grid("", "", titled=False)
+    made.add_row("run", run["id"])
     facts: dict[str, Any] = {
         "job": run["job"] + (f" of {run['mapping']}" if run["mapping"] else ""),
         "trigger": run["trigger"],
@@ -225,7 +265,7 @@ def show_one_run(run: Document) -> None:
     write(made)
     show_run(run)
     if run["error"]:
-        write(Text(f"error: {run['error']}", "red"))
+        write(Text(printable(f"error: {run['error']}"), "red"))
 
 
 def show_rejects(rejects: Sequence[Document], limit: int) -> None:
@@ -234,7 +274,7 @@ def show_rejects(rejects: Sequence[Document], limit: int) -> None:
         write("no rejects")
         return
     healed = any(reject["healed_at"] for reject in rejects)
-    made = table(
+    made = Grid(
         *("mapping", "key", "value", "reason", "detail", "since (UTC)"),
         *(["healed (UTC)"] if healed else []),
     )
@@ -245,7 +285,7 @@ def show_rejects(rejects: Sequence[Document], limit: int) -> None:
             quoted(bytes.fromhex(reject["key_hex"]), 60),
             "-" if value is None else quoted(value.encode()),
             reject["reason"],
-            Text(reject["detail"]),
+            printable(reject["detail"]),
             moment(reject["first_seen"]),
             *([moment(reject["healed_at"])] if healed else []),
         )
@@ -259,8 +299,7 @@ def show_rejects(rejects: Sequence[Document], limit: int) -> None:
 
 def show_status(status: Document) -> None:
     """What runs, what ran, what the guard refuses, both servers."""
-    made = table("", "")
-    made.show_header = False
+    made = Grid("", "", titled=False)
     for name in ("redis", "postgres"):
         made.add_row(name, _server_text(status[name]))
     if status["state"] is not None:
@@ -277,13 +316,13 @@ def show_status(status: Document) -> None:
         since = moment(refusal["refused_at"])
         text = f'the guard refuses mapping "{refusal["mapping"]}" since {since} UTC: '
         way = ". Bring the keys back, or `balancesync sync --accept-loss` if it is as it should be"
-        write(Text(f"{text}{refusal['reason']}{way}", _STYLES["refused"]))
+        write(Text(printable(f"{text}{refusal['reason']}{way}"), _STYLES["refused"]))
 
 
 def _server_text(server: Document) -> Text:
     if server["connected"]:
         return Text(f"{server['version']}, answers in {server['latency_ms']:.1f} ms")
-    return Text(server["error"] or "doesn't answer", "red")
+    return Text(printable(server["error"] or "doesn't answer"), "red")
 
 
 def _run_text(run: Document | None) -> Text:
@@ -296,7 +335,7 @@ def _run_text(run: Document | None) -> Text:
 
 def show_stats(stats: Document) -> None:
     """Totals, durations and rejects."""
-    made = table("job", "mode", "status", "runs", "in all", right=("runs", "in all"))
+    made = Grid("job", "mode", "status", "runs", "in all", right=("runs", "in all"))
     for row in stats["totals"]:
         state = status_text(row["status"])
         made.add_row(row["job"], row["mode"], state, f"{row['runs']:,}", ago(row["seconds"]))
@@ -318,13 +357,14 @@ def show_stats(stats: Document) -> None:
 def show_health(health: Document) -> None:
     """All is well, or what isn't."""
     write(status_text(health["status"]))
-    made = table("", "", "")
-    made.show_header = False
+    made = Grid("", "", "", titled=False)
     for name, check in health["checks"].items():
-        made.add_row(name, status_text(check["status"]), Text(check["detail"]))
+        made.add_row(name, status_text(check["status"]), printable(check["detail"]))
     write(made)
 
 
 def show_finding(level: str, topic: str, text: str) -> None:
     """One finding of `check`, at once: the next may take a while."""
-    write(Text.assemble((f"{level:<11} ", _STYLES.get(level, "red")), f"{topic}: {text}"))
+    write(
+        Text.assemble((f"{level:<11} ", _STYLES.get(level, "red")), printable(f"{topic}: {text}"))
+    )
