@@ -25,6 +25,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from time import perf_counter
 from typing import Any, Final, cast
 
 import hiredis
@@ -47,6 +48,9 @@ pack: Final = cast("Callable[[tuple[bytes, ...]], bytes]", hiredis.pack_command)
 
 _MORE: Final = object()
 _TICKS: Final = 4
+_PINGS: Final = 3
+_NEAR_S: Final = 0.000_5
+_WIDEST: Final = 8
 _LONGEST_QUOTE: Final = 200
 
 # The first word of an error reply: https://github.com/redis/redis/blob/7.0/src/server.c, `shared`.
@@ -192,6 +196,8 @@ class Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._ended = loop.create_future()
         self._failure: BalanceSyncError | None = None
+        self._unsent: deque[bytes] = deque()
+        self._window = 1
         self._quiet = 0
         self._heard = False
         self._watch: asyncio.TimerHandle | None = None
@@ -214,7 +220,10 @@ class Connection(asyncio.Protocol):
             future.set_result([])
             return future
         self._waiting.append((future, replies or 0, []))
-        self._transport.write(packed)
+        if len(self._waiting) > self._window:
+            self._unsent.append(packed)
+        else:
+            self._transport.write(packed)
         if self._watch is None:
             self._quiet = 0
             self._arm()
@@ -277,13 +286,24 @@ class Connection(asyncio.Protocol):
             commands.append((b"SELECT", str(access.database).encode()))
         commands.append((b"CLIENT", b"SETNAME", CLIENT_NAME))
         replies = await self.pipeline(commands)
-        # The name is for those who look at CLIENT LIST; a user without the right to it may pass.
-        for command, reply in zip(commands[:-1], replies, strict=False):
-            self.check(reply, command[0])
-        if isinstance(replies[-1], hiredis.ReplyError) and not str(replies[-1]).startswith(
-            ("NOPERM", "ERR unknown", "LOADING")
-        ):
-            self.check(replies[-1], b"CLIENT")
+        for command, reply in zip(commands, replies, strict=True):
+            # The name is for those who look at CLIENT LIST; not every user may set it.
+            if command[0] != b"CLIENT" or not str(reply).startswith(("NOPERM", "ERR unknown")):
+                self.check(reply, command[0])
+
+    async def measure(self) -> None:
+        """Let as many commands be under way as the distance to the server is worth.
+
+        Nearby it's one, sent on the moment that the last one's reply is in: the server then serves
+        its other clients between any two of ours. Two at a time tripled their waiting and won
+        nothing. Over a network, commands on their way keep the server from waiting for us.
+        """
+        shortest = self._access.timeout
+        for _ in range(_PINGS):
+            start = perf_counter()
+            await self.send(pack((b"PING",)))
+            shortest = min(shortest, perf_counter() - start)
+        self._window = min(_WIDEST, 1 + int(shortest / _NEAR_S))
 
     async def close(self) -> None:
         """Drop the connection and whatever it still owes. May be called twice."""
@@ -293,11 +313,9 @@ class Connection(asyncio.Protocol):
             await asyncio.wait([self._ended])
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Called by the event loop."""
         self._transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
-        """Called by the event loop."""
         self._quiet = 0
         self._heard = True
         waiting = self._waiting
@@ -314,13 +332,14 @@ class Connection(asyncio.Protocol):
                         continue
                     reply = replies
                 waiting.popleft()
+                if self._unsent and self._transport:
+                    self._transport.write(self._unsent.popleft())
                 if not future.done():
                     future.set_result(reply)
         except hiredis.ProtocolError:
             self._abort(self._misfit("speaks another protocol: is it a Redis, and without TLS?"))
 
     def connection_lost(self, error: Exception | None) -> None:
-        """Called by the event loop."""
         if self._failure is None:
             self.lost = True
             hint = "" if self._heard or self._access.tls else "; does it want TLS, rediss://?"

@@ -235,6 +235,8 @@ class Source:
                 if identity and not identity.run_ids.issuperset(node.run_id for node in before):
                     raise SourceChanged(f"Redis at {before[0].address} was restarted")
                 connections = [primary.connection for primary in primaries]
+                for connection in connections:
+                    await connection.measure()
                 async with aclosing(self._read(connections, reading)) as batches:
                     async for batch in batches:
                         yield batch
