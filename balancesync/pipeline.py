@@ -20,8 +20,9 @@ from balancesync.model import Refusal, Reject, Request, Run, exceeds
 from balancesync.part import Part, reading_of
 from balancesync.records import Records, Remembered
 from balancesync.report import Report, describe, reread, spare_present
+from balancesync.session import Session
 from balancesync.source import Identity, Source
-from balancesync.target import Session, Span, Writer
+from balancesync.target import Span, Writer
 from balancesync.values import show
 
 _LOGGED_REJECTS: Final = 100

@@ -1,45 +1,26 @@
-"""The writing session: stage, diff and apply on the one connection that holds the writer's lock.
+"""What a run does to one table: stage, diff and apply, in the session that holds the lock."""
 
-Lose the connection, and lock and staging are lost together: nothing has to be fenced off.
-"""
-
-import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, BinaryIO, Final, Literal, TypeVar, cast
+from typing import BinaryIO, Final, Literal, cast
 
 import asyncpg
 
-from balancesync.database import NO_LIMIT, Connection, Database, load_sql, lock_key, take_lock
-from balancesync.errors import PostgresUnavailable
+from balancesync.database import NO_LIMIT
 from balancesync.mapping import Mapping
 from balancesync.model import Batch, Reject
+from balancesync.session import Session
 from balancesync.statements import staged_columns, statements
 from balancesync.table import Table
 
 Op = Literal["i", "u", "d"]
-T = TypeVar("T")
 
-# Enough for the hash join of a million narrow rows in one pass; more rows spill to disk.
-_SETTINGS: Final = {
-    "work_mem": "64MB",
-    "temp_buffers": "32MB",
-    "jit": "off",
-    # Under a stricter one that the role has by default, a row that another writes is an error.
-    "default_transaction_isolation": "read committed",
-    "statement_timeout": "0",
-    "idle_in_transaction_session_timeout": "0",
-}
 # Above this many rows of the table for each staged one, its key index is cheaper than one pass.
 _INDEX_RATIO: Final = 4
 # A few hundred sampled rows tell the planner what it must know; 30,000 cost a tenth of a second.
 _STATISTICS_TARGET: Final = 1
 _STAGE_BYTES: Final = 1 << 20
-_CLOSE_S: Final = 2.0
-# A statement may end, and its reply be under way, just when a probe looks.
-_REPLY_S: Final = 1.0
 # A reject is kept to be looked at: more of its value would only fill the table.
 _KEPT_VALUE_BYTES: Final = 65_536
 
@@ -74,120 +55,6 @@ class Row:
     key: tuple[str, ...]
     new: tuple[str | None, ...]
     old: tuple[str | None, ...]
-
-
-class Session:
-    """A PostgreSQL connection of one's own, for one run or for live mode's flushes."""
-
-    def __init__(
-        self, database: Database, connection: Connection, on_alive: Callable[[], None]
-    ) -> None:
-        self.database = database
-        self.connection = connection
-        self._on_alive = on_alive
-
-    @classmethod
-    async def open(
-        cls, database: Database, on_alive: Callable[[], None] = lambda: None
-    ) -> "Session":
-        """Connect; raises PostgresUnavailable or ConfigError.
-
-        `on_alive` is called during a long statement, whenever PostgreSQL proves to be at work.
-        """
-        session = cls(database, await database.connect(), on_alive)
-        try:
-            with database.translated():
-                for name, value in _SETTINGS.items():
-                    await session.connection.execute(
-                        "SELECT set_config($1, $2, false)", name, value
-                    )
-        except BaseException:
-            session.drop()
-            raise
-        return session
-
-    async def prepare(self) -> None:
-        """Create the temporary table that all mappings' rejects are put aside in."""
-        await self.watch(self.connection.execute(load_sql("target")["create_rejects"]))
-
-    async def close(self) -> None:
-        """Free the locks and drop the connection with its temporary tables.
-
-        PostgreSQL would notice the end of the connection a moment later than the next run starts.
-        """
-        with suppress(asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError):
-            async with asyncio.timeout(_CLOSE_S):
-                if not self.connection.is_closed() and self.connection.is_in_transaction():
-                    await self.connection.execute("ROLLBACK")
-                await self.connection.execute("SELECT pg_advisory_unlock_all()")
-        self.drop()
-
-    def drop(self) -> None:
-        """Drop the connection, whatever it's at; its locks fall when PostgreSQL notices."""
-        self.connection.terminate()
-
-    async def lock_writer(self, wait_s: float) -> None:
-        """Take the writer's lock, waiting up to `wait_s` seconds; raises LockHeld."""
-        with self.database.translated():
-            key = lock_key("writer", self.database.config.schema)
-            await take_lock(self.connection, key, wait_s)
-
-    async def clock(self) -> datetime:
-        """PostgreSQL's time."""
-        now: datetime = await self.connection.fetchval("SELECT clock_timestamp()")
-        return now
-
-    async def use_any_plan(self) -> None:
-        """End what `Writer.plan_by_index` began."""
-        for setting in ("enable_hashjoin", "enable_mergejoin", "lock_timeout"):
-            await self.connection.execute(f"RESET {setting}")
-
-    @asynccontextmanager
-    async def transaction(self, isolation: str = "READ COMMITTED") -> AsyncIterator[None]:
-        """A transaction for the length of a block; if it raises, the session can only be closed.
-
-        The driver's own would roll back on a connection that `watch` has dropped, and so put an
-        error of its own in the place of what ended the block, be it a cancellation.
-        """
-        begin = f"BEGIN ISOLATION LEVEL {isolation}"
-        await self.watch(self.connection.execute(begin, timeout=NO_LIMIT))
-        yield
-        await self.watch(self.connection.execute("COMMIT", timeout=NO_LIMIT))
-
-    async def watch(self, operation: Awaitable[T]) -> T:
-        """Await a statement of this session, however long it takes, while PostgreSQL lives.
-
-        Raises PostgresUnavailable when no probe on another connection is answered within
-        `postgres.timeout`, or the probe finds that this session's backend isn't at work: a stopped
-        server still acknowledges what it is sent, and a reply may have been lost on the way.
-        """
-        task = asyncio.ensure_future(operation)
-        try:
-            with self.database.translated():
-                while True:
-                    done, _ = await asyncio.wait({task}, timeout=self.database.config.timeout)
-                    if done:
-                        return task.result()
-                    await self._prove_alive(task)
-                    self._on_alive()
-        finally:
-            if not task.done():
-                # The driver would wait for PostgreSQL to confirm: drop the connection first.
-                self.drop()
-                task.cancel()
-
-    async def _prove_alive(self, task: asyncio.Future[Any]) -> None:
-        pid = self.connection.get_server_pid()
-        async with asyncio.timeout(self.database.config.timeout), self.database.acquire() as probe:
-            state = await probe.fetchval("SELECT state FROM pg_stat_activity WHERE pid = $1", pid)
-        if state == "active":
-            return
-        await asyncio.wait({task}, timeout=_REPLY_S)
-        if not task.done():
-            raise PostgresUnavailable(
-                f"PostgreSQL at {self.database.address} isn't working on the statement that this"
-                f" run waits for (its session is {state or 'gone'})"
-            )
 
 
 class Writer:
