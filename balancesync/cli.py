@@ -13,6 +13,7 @@ import argparse
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -39,6 +40,10 @@ _EXAMPLES: Final = {
     "health": "balancesync health || echo 'look at balancesync status'",
     "check": "balancesync check --config config.toml",
     "init": "balancesync init",
+    "run": "balancesync run --config /etc/balancesync/config.toml",
+    "schedule": "balancesync schedule",
+    "cancel": "balancesync cancel",
+    "events": "balancesync events --json",
     "demo": "balancesync demo",
 }
 _HELP: Final = {
@@ -51,6 +56,10 @@ _HELP: Final = {
     "health": "exit code 0 or 1, for a health check",
     "check": "look for trouble before it comes: configuration, rights, tables, Redis",
     "init": "create or upgrade the schema of balancesync's own tables",
+    "run": "the daemon: syncs on schedule, on demand and by signal; serves HTTP",
+    "schedule": "when each job runs next",
+    "cancel": "cancel the run that a running daemon is at, or one by its id",
+    "events": "follow what a running daemon does",
     "demo": "sync real balances between private servers and explain each step",
 }
 
@@ -88,14 +97,23 @@ def execute(argv: Sequence[str], config: "Config") -> int:
 def _execute(args: argparse.Namespace, config: "Config", *, report_bugs: bool) -> int:
     import asyncio  # noqa: PLC0415
 
-    from balancesync import commands, telemetry  # noqa: PLC0415
+    from balancesync import telemetry  # noqa: PLC0415
 
     secrets = telemetry.secrets_of(config)
     if report_bugs:
         sys.excepthook = partial(_report_bug, secrets, args.verbose)
-    commands.configure_logs(config, secrets, verbose=args.verbose)
     try:
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            if args.command == "run":
+                # By itself: a daemon has no use for tables and bars, and runs for years.
+                from balancesync import daemon  # noqa: PLC0415
+
+                log = replace(config.log, level="debug") if args.verbose else config.log
+                telemetry.configure(log, secrets, stream_is_tty=sys.stderr.isatty())
+                return runner.run(daemon.run(config))
+            from balancesync import commands  # noqa: PLC0415
+
+            commands.configure_logs(config, secrets, verbose=args.verbose)
             return runner.run(commands.COMMANDS[args.command](config, args))
     except BalanceSyncError as error:
         _say(telemetry.printable(telemetry.hide(str(error), secrets)))
@@ -226,6 +244,11 @@ def _add_runs(command: argparse.ArgumentParser) -> None:
     _add_limit(command, 20)
 
 
+def _add_cancel(command: argparse.ArgumentParser) -> None:
+    _add_common(command)
+    command.add_argument("id", nargs="?", type=UUID, metavar="ID", help="this run, also if queued")
+
+
 def _add_demo(command: argparse.ArgumentParser) -> None:
     command.description = (
         "Starts a private Redis and PostgreSQL, syncs the 8,893 real balances of Ethereum's genesis"
@@ -243,6 +266,10 @@ _OPTIONS: Final[dict[str, Callable[[argparse.ArgumentParser], None]]] = {
     "health": _add_common,
     "check": _add_common,
     "init": _add_common,
+    "run": _add_common,
+    "schedule": _add_common,
+    "cancel": _add_cancel,
+    "events": _add_common,
     "demo": _add_demo,
 }
 

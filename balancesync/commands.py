@@ -13,7 +13,7 @@ from dataclasses import asdict, replace
 from typing import Any, Final, Literal
 
 from balancesync import check as checks
-from balancesync import overview, show, telemetry
+from balancesync import overview, service, show, telemetry
 from balancesync.config import Config
 from balancesync.database import Connection, Database, Steps
 from balancesync.documents import Document, reject_document, run_document
@@ -199,8 +199,12 @@ async def init(config: Config, args: Namespace) -> int:
 
 async def status(config: Config, args: Namespace) -> int:
     """What runs, what ran, what the guard refuses, both servers."""
-    async with servers(config) as (database, source):
-        document = await overview.status(database, source)
+
+    async def found() -> Document:
+        async with servers(config) as (database, source):
+            return await overview.status(database, source)
+
+    document = await service.ask(config, "/status", found)
     _answer(args, document, show.show_status)
     # It tells that Redis is down, but can tell nothing without PostgreSQL.
     return 0 if document["postgres"]["connected"] else PostgresUnavailable.exit_code
@@ -208,16 +212,23 @@ async def status(config: Config, args: Namespace) -> int:
 
 async def stats(config: Config, args: Namespace) -> int:
     """Totals, durations, rejects."""
-    async with servers(config) as (database, _):
-        document = await overview.stats(database)
-    _answer(args, document, show.show_stats)
+
+    async def found() -> Document:
+        async with servers(config) as (database, _):
+            return await overview.stats(database)
+
+    _answer(args, await service.ask(config, "/stats", found), show.show_stats)
     return 0
 
 
 async def health(config: Config, args: Namespace) -> int:
     """Whether all is well: 1 if not, 0 also if degraded."""
-    async with servers(config) as (database, source):
-        document = await overview.health(config, database, source)
+
+    async def found() -> Document:
+        async with servers(config) as (database, source):
+            return await overview.health(config, database, source)
+
+    document = await service.ask(config, "/health", found)
     _answer(args, document, show.show_health)
     return 1 if document["status"] == "unhealthy" else 0
 
@@ -258,4 +269,7 @@ COMMANDS: Final[dict[str, Command]] = {
     "health": health,
     "check": check,
     "init": init,
+    "schedule": service.schedule,
+    "cancel": service.cancel,
+    "events": service.events,
 }

@@ -13,6 +13,7 @@ from balancesync import __version__
 from balancesync.config import Config, JobConfig
 from balancesync.database import Database
 from balancesync.documents import Document
+from balancesync.errors import BalanceSyncError
 from balancesync.leadership import Leadership
 from balancesync.metrics import Metrics
 from balancesync.model import Mode, Request
@@ -80,6 +81,7 @@ class Daemon:
         try:
             await self._web.start()
             self._schedule.start()
+            self.metrics.set_next_run(self._next_run)
             self.state.ready = True
             log.info("balancesync is up", name=self.state.name, http=self._web.address)
             self._notifier.send("READY=1", "STATUS=starting")
@@ -109,6 +111,10 @@ class Daemon:
             self.events.close()
             for helper in helpers:
                 helper.cancel()
+
+    def _next_run(self) -> float | None:
+        times = [job.next_at.timestamp() for job in self._schedule.jobs() if job.next_at]
+        return min(times, default=None)
 
     def _publish(self, kind: str, document: Document) -> None:
         self.metrics.take(kind, document)
@@ -177,3 +183,13 @@ class Daemon:
             progress = current.progress
             return f"running {current.run.job}: {progress.phase if progress else 'starting'}"
         return "idle" if state.leader else f"standby, {state.leader_name or 'nobody'} leads"
+
+
+async def run(config: Config) -> int:
+    """Be the daemon until SIGTERM or SIGINT; return the exit code. Raises ConfigError."""
+    try:
+        await Daemon(config).run()
+    except* BalanceSyncError as group:
+        # A task group wraps what ended it; one reason is enough for one line.
+        raise group.exceptions[0] from group
+    return 0
