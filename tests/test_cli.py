@@ -505,27 +505,35 @@ async def test_a_signal_cancels_at_the_next_batch(
 
 
 async def test_a_second_signal_ends_it_at_once(
-    start: Start, run: Run, config: Path, redis: Redis, pg: asyncpg.Connection
+    start: Start,
+    run: Run,
+    config: Path,
+    pg: asyncpg.Connection,
+    private_redis: Callable[..., RedisServer],
 ) -> None:
-    # A page takes so long that the first signal alone would have to wait for it.
-    settings(config, redis="max_keys_per_second = 10\nscan_count = 10000")
-    await redis.mset({f"balance:{n}": "1" for n in range(20_000)})
+    server = private_redis()
+    replace(config, redis=server.url)
+    settings(config, redis="max_keys_per_second = 500\nscan_count = 50\ntimeout = 600.0")
+    async with Redis.from_url(server.url, protocol=2) as client:
+        await client.mset({f"balance:{n}": "1" for n in range(20_000)})
     process = await start("sync")
     await _running(pg)
+    # There is no next batch, for which the first signal would wait.
+    await asyncio.to_thread(server.suspend)
     process.send_signal(signal.SIGINT)
     assert process.stderr is not None
     async for line in process.stderr:
         if b"again to stop at once" in line:
             break
     process.send_signal(signal.SIGINT)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         assert await process.wait() == 1
     await _interrupted(run)
 
 
 async def _interrupted(run: Run) -> None:
     """Return when PostgreSQL has seen that the last run's process has gone."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while True:
             if (await run("runs", "--json")).document[0]["status"] == "interrupted":
                 return
