@@ -91,6 +91,7 @@ def config(clean_environment: None, tmp_path: Path, postgres_dsn: str, redis_url
     file.write_text(
         f'[redis]\nurl = "{redis_url}"\n[postgres]\ndsn = "{postgres_dsn}"\n'
         "[retry]\nattempts = 1\n[guard]\nmax_rejects = 1.0\n"
+        "[http]\nport = 1\n"  # no daemon is to be asked
     )
     return file
 
