@@ -69,7 +69,8 @@ class Facts:
 
     def _take(self, run: Document) -> None:
         self._records.expire()
-        self.finished[run["id"]] = run
+        # The kind of its error is for the metrics.
+        self.finished[run["id"]] = _without(run, "error_kind")
         while len(self.finished) > _KEPT_RUNS:
             self.finished.popitem(last=False)
         total = self._totals.setdefault((run["job"], run["mode"], run["status"]), [0, 0.0])
@@ -283,7 +284,11 @@ def ticket_document(ticket: Ticket) -> Document:
 
 def without_report(run: Document) -> Document:
     """A run without the rows that a dry run or verify found: they're for those with the token."""
-    return {name: value for name, value in run.items() if name != "report"}
+    return _without(run, "report")
+
+
+def _without(document: Document, member: str) -> Document:
+    return {name: value for name, value in document.items() if name != member}
 
 
 def _end(run: Document) -> str:

@@ -38,6 +38,8 @@ HEADERS: Final = {
     "X-Content-Type-Options": "nosniff",
 }
 
+_encode: Final = json.JSONEncoder(separators=(",", ":")).encode
+
 Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
 log = structlog.get_logger("balancesync")
@@ -67,8 +69,7 @@ def reply(
     document: Any, status: int = 200, headers: Mapping[str, str] | None = None
 ) -> web.Response:
     """Answer with a JSON document."""
-    body = json.dumps(document, separators=(",", ":")).encode()
-    return reply_bytes(body, "application/json", status, headers)
+    return reply_bytes(_encode(document).encode(), "application/json", status, headers)
 
 
 def reply_bytes(

@@ -11,6 +11,7 @@ from engine import make_config
 
 from balancesync.config import Config
 from balancesync.database import Database, Steps
+from balancesync.errors import BalanceSyncError
 from balancesync.metrics import Metrics
 from balancesync.model import Request, Run
 from balancesync.probing import Probing
@@ -101,7 +102,7 @@ class Site:
 
     async def upgrade(self) -> None:
         """Make the schema, as the leader does; nothing if PostgreSQL is down."""
-        with suppress(Exception):
+        with suppress(BalanceSyncError):
             async with self.database.acquire() as connection:
                 await Steps(self.database).upgrade(connection)
 
