@@ -27,10 +27,9 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any, Final, cast
+from urllib.parse import unquote, urlsplit
 
 import hiredis
-from redis.asyncio.connection import SSLConnection, parse_url
-from redis.exceptions import RedisError
 
 from balancesync.errors import (
     BalanceSyncError,
@@ -39,6 +38,7 @@ from balancesync.errors import (
     RunFailed,
     SourceChanged,
 )
+from balancesync.urls import redis_database
 
 CLIENT_NAME: Final = b"balancesync"
 DEFAULT_PORT: Final = 6379
@@ -103,29 +103,38 @@ def parse(url: str, *, timeout: float, clustered: bool) -> tuple[Address, Access
 
     Raises ConfigError: an ssl_ option that isn't one, or names a file that can't be used.
     """
+    parts = urlsplit(url)
+    if parts.scheme == "unix":
+        address = Address(path=unquote(parts.path))
+    else:
+        address = Address(unquote(parts.hostname or "localhost"), parts.port or DEFAULT_PORT)
+    access = Access(
+        timeout=timeout,
+        clustered=clustered,
+        database=redis_database(url),
+        username=unquote(parts.username) if parts.username else None,
+        password=unquote(parts.password) if parts.password else None,
+        tls=_tls_context(url) if parts.scheme == "rediss" else None,
+    )
+    return address, access
+
+
+def _tls_context(url: str) -> ssl.SSLContext:
+    # Here alone, and not with the imports above: redis-py takes 27 MB that most never need.
+    from redis.asyncio.connection import SSLConnection, parse_url  # noqa: PLC0415
+    from redis.exceptions import RedisError  # noqa: PLC0415
+
     try:
-        options: dict[str, Any] = {**parse_url(url)}
-        secured = options.pop("connection_class", None) is SSLConnection
-        ssl_options = {name: value for name, value in options.items() if name.startswith("ssl_")}
-        tls = SSLConnection(**ssl_options).ssl_context.get() if secured else None
+        options: dict[str, Any] = {
+            name: value for name, value in parse_url(url).items() if name[:4] == "ssl_"
+        }
+        return SSLConnection(**options).ssl_context.get()
     except OSError as error:  # also an SSLError: no certificate in the file
         raise ConfigError(
             f"redis.url: the files of its ssl_ options can't be used: {error.strerror}"
         ) from None
     except (TypeError, ValueError, RedisError):
         raise ConfigError("redis.url: one of its ssl_ options isn't known, or its value") from None
-    port = int(options.get("port", DEFAULT_PORT))
-    path = str(options.get("path", ""))
-    address = Address(path=path) if path else Address(options.get("host", "localhost"), port)
-    access = Access(
-        timeout=timeout,
-        clustered=clustered,
-        database=int(options.get("db", 0)),
-        username=options.get("username"),
-        password=options.get("password"),
-        tls=tls,
-    )
-    return address, access
 
 
 def pack_each(before: tuple[bytes, ...], keys: list[bytes], after: tuple[bytes, ...] = ()) -> bytes:

@@ -4,7 +4,6 @@ https://prometheus.io/docs/practices/naming/
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any, Final
 
 from prometheus_client import (
@@ -17,6 +16,8 @@ from prometheus_client import (
 )
 from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector
+
+from balancesync.model import Known
 
 # A series for when each other one began: nobody asked for them, and they double the lot.
 disable_created_metrics()  # type: ignore[no-untyped-call]  # the library left this one out
@@ -36,16 +37,6 @@ OUTCOMES: Final = (
     "not_found",
     "deleted",
 )
-
-
-@dataclass(slots=True)
-class Known:
-    """What PostgreSQL knows of the runs before: times in seconds since 1970, counts by mapping."""
-
-    last_success: dict[str, float] = field(default_factory=dict)
-    rejects: dict[str, int] = field(default_factory=dict)
-    drift: dict[str, int] = field(default_factory=dict)
-    refused: bool = False
 
 
 class Metrics:

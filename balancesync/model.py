@@ -188,6 +188,16 @@ class Run:
         return self.job == "sync" and self.mode == "apply" and self.mapping is None
 
 
+@dataclass(slots=True)
+class Known:
+    """What PostgreSQL knows of the runs before: times in seconds since 1970, counts by mapping."""
+
+    last_success: dict[str, float] = field(default_factory=dict)
+    rejects: dict[str, int] = field(default_factory=dict)
+    drift: dict[str, int] = field(default_factory=dict)
+    refused: bool = False
+
+
 @dataclass(frozen=True, slots=True)
 class Baseline:
     """What a mapping looked like at the last success, for the guard to judge a loss by."""

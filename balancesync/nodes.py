@@ -4,11 +4,11 @@ The rights it takes: INFO, DBSIZE, and in a cluster CLUSTER SLOTS and CLUSTER NO
 and CONFIG GET for `facts_of`, may be forbidden.
 """
 
+from binascii import crc_hqx
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import hiredis
-from redis.crc import key_slot
 
 from balancesync.connection import Access, Address, Connection, connected, pack
 from balancesync.errors import ConfigError, RedisUnavailable, SourceChanged
@@ -290,3 +290,16 @@ def _parse_nodes(text: bytes) -> tuple[tuple[str, ...], str, bool]:
         if settled:
             slots.append(" ".join((name, *settled)))
     return tuple(sorted(slots)), epoch, moving
+
+
+def key_slot(key: bytes) -> int:
+    """The slot of a cluster that a key belongs to: CRC16 of the key, or of its {hash tag}.
+
+    https://redis.io/docs/latest/operate/oss_and_stack/reference/cluster-spec/
+
+    >>> key_slot(b"123456789"), key_slot(b"a{user}b") == key_slot(b"user")
+    (12739, True)
+    """
+    _, brace, rest = key.partition(b"{")
+    tag, closed, _ = rest.partition(b"}")
+    return crc_hqx(tag if brace and closed and tag else key, 0) % ALL_SLOTS

@@ -29,7 +29,7 @@ def find_postgres() -> Path:
     """
     if named := os.environ.get(POSTGRES_VARIABLE):
         if _holds_postgres(Path(named)):
-            return Path(named).resolve()
+            return Path(named).absolute()
         raise EmbeddedError(
             f"{POSTGRES_VARIABLE} is {named}, where there's no initdb and postgres:"
             " name the folder that holds both, or unset it"
@@ -57,7 +57,7 @@ def find_redis() -> Path:
     """
     if named := os.environ.get(REDIS_VARIABLE):
         if _is_program(Path(named)):
-            return Path(named).resolve()
+            return Path(named).absolute()
         raise EmbeddedError(
             f"{REDIS_VARIABLE} is {named}, which is no program:"
             " name a valkey-server or redis-server, or unset it"

@@ -8,8 +8,7 @@ from typing import Any, Final
 from uuid import UUID
 
 from balancesync.database import NO_LIMIT, Connection, Database, load_sql, lock_key
-from balancesync.metrics import Known
-from balancesync.model import Baseline, Counts, Run
+from balancesync.model import Baseline, Counts, Known, Run
 
 # An advisory lock of 64 bits shows in pg_locks as two halves:
 # https://www.postgresql.org/docs/current/view-pg-locks.html

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from balancesync.documents import run_document
-from balancesync.metrics import Known, Metrics
-from balancesync.model import Counts, Run, new_run_id
+from balancesync.metrics import Metrics
+from balancesync.model import Counts, Known, Run, new_run_id
 
 NAMES = {
     *("runs_total", "run_duration_seconds", "records_total", "errors_total", "redis_up"),
