@@ -16,7 +16,7 @@ import asyncio
 import hashlib
 import importlib.resources
 import re
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from functools import cache
 from typing import Final
@@ -211,8 +211,12 @@ def translate(error: BaseException, address: str) -> BalanceSyncError | None:
     return None
 
 
-async def take_lock(connection: Connection, key: int, wait_s: float) -> None:
+async def take_lock(
+    connection: Connection, key: int, wait_s: float, while_waiting: Callable[[], None]
+) -> None:
     """Take a session advisory lock, polled for up to `wait_s` seconds; raises LockHeld.
+
+    `while_waiting` is called between two polls; what it raises ends the wait.
 
     Polled and never waited in: a blocked session holds back vacuum in the whole database.
     """
@@ -221,6 +225,7 @@ async def take_lock(connection: Connection, key: int, wait_s: float) -> None:
     while not await connection.fetchval("SELECT pg_try_advisory_lock($1)", key):
         if loop.time() >= deadline:
             raise LockHeld
+        while_waiting()
         await asyncio.sleep(_LOCK_POLL_S)
 
 

@@ -133,7 +133,7 @@ class Pipeline:
         connection = session.connection
         if self._request.mode == "apply":
             await self._steps.upgrade(connection)
-            await session.lock_writer(wait_s)
+            await session.lock_writer(wait_s, lambda: self._on_progress(Progress("lock")))
             await self._records.mark_interrupted(connection)
         elif self._request.mode == "verify" or await self._steps.current(connection):
             await self._steps.check(connection)
@@ -304,7 +304,11 @@ class Pipeline:
         run, connection = self._run, session.connection
         names = [part.mapping.name for part in parts]
         at = await session.clock()
-        await session.watch(self._records.merge_rejects(connection, run, at, names))
+        # Of mappings that are configured no more, nobody would ever say that a reject is healed.
+        configured = [config.name for config in self._config.mapping] if run.full else None
+        await session.watch(
+            self._records.merge_rejects(connection, run, at, names, configured)
+        )
         await self._records.forget_old(connection, run.id)
         if success and (run.full or self._request.accept_loss):
             baselines = {part.mapping.name: part.baseline for part in parts}

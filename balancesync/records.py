@@ -158,13 +158,23 @@ class Records:
         return [KeptReject(**row) for row in rows]
 
     async def merge_rejects(
-        self, connection: Connection, run: Run, at: datetime, scanned: Sequence[str]
+        self,
+        connection: Connection,
+        run: Run,
+        at: datetime,
+        scanned: Sequence[str],
+        configured: Sequence[str] | None,
     ) -> None:
-        """Keep what this session staged as rejects; those of fully scanned mappings that are no
-        more are healed. What is kept already is left alone."""
+        """Keep what this session staged as rejects; those that are no more are healed.
+
+        Healed are those of the mappings `scanned`, and those of none of the `configured` ones, None
+        for all. What is kept already is left alone.
+        """
         # However many they are: whoever calls this watches over it.
         await connection.execute(self._sql["merge_rejects"], at, run.id, timeout=NO_LIMIT)
-        await connection.execute(self._sql["heal_rejects"], at, list(scanned), timeout=NO_LIMIT)
+        await connection.execute(
+            self._sql["heal_rejects"], at, list(scanned), configured, timeout=NO_LIMIT
+        )
 
     async def remembered(self, connection: Connection) -> dict[str, Remembered]:
         """What the guard knows, by mapping."""

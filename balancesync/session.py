@@ -81,11 +81,14 @@ class Session:
         """Drop the connection, whatever it's at; its locks fall when PostgreSQL notices."""
         self.connection.terminate()
 
-    async def lock_writer(self, wait_s: float) -> None:
-        """Take the writer's lock, waiting up to `wait_s` seconds; raises LockHeld."""
+    async def lock_writer(self, wait_s: float, while_waiting: Callable[[], None]) -> None:
+        """Take the writer's lock, waiting up to `wait_s` seconds; raises LockHeld.
+
+        `while_waiting` is called many times a second; what it raises ends the wait.
+        """
         with self.database.translated():
             key = lock_key("writer", self.database.config.schema)
-            await take_lock(self.connection, key, wait_s)
+            await take_lock(self.connection, key, wait_s, while_waiting)
 
     async def clock(self) -> datetime:
         """PostgreSQL's time."""

@@ -82,7 +82,11 @@ def statements(
         "comma_synced_at": f", {quote(config.synced_at)}" if synced_at else "",
         "comma_now": f", {synced_at}" if synced_at else "",
         "key_texts": ", ".join(_texts(config, keys, k)),
-        "value_texts": ", ".join(f"{name}::text AS {name}" for name in v),
+        # As the column will print it: what is staged may read 2.5 where the column says 2.50.
+        "value_texts": ", ".join(
+            f"{short}::{config.types[name].sql}::text AS {short}"
+            for name, short in zip(values, v, strict=True)
+        ),
         "old_texts": ", ".join(f"{name}::text AS {name}" for name in o),
         # Without a number it's one row all the same.
         "totals": ", ".join(_totals(config)) or "max(NULL::text)",

@@ -95,6 +95,7 @@ class Writer:
         self._staged = 0
         self._rejected = 0
         self._rejected_rows = 0
+        self._indexed = False
 
     async def _execute(self, sql: str, *arguments: object) -> int:
         status: str = await self._session.watch(
@@ -233,6 +234,9 @@ class Writer:
 
     async def page(self, op: Op, after: int, limit: int) -> list[tuple[int, tuple[str, ...]]]:
         """Up to `limit` rows of the diff behind number `after`: number and key column texts."""
+        if after:
+            # One page can be had by one pass; many of them would be as many passes.
+            await self._index()
         rows = await self._fetch(self._sql["page"], after, limit, op.encode())
         return [(row["n"], tuple(row[name] for name in self._keys)) for row in rows]
 
@@ -270,11 +274,16 @@ class Writer:
         A nested loop keeps the order of its outer side, the diff; a hash or merge join wouldn't.
         """
         if many:
-            await self._execute(self._sql["index_diff"])
+            await self._index()
         for setting in ("enable_hashjoin", "enable_mergejoin"):
             await self._execute(f"SET {setting} = off")
         milliseconds = round(self._session.database.config.lock_timeout * 1000)
         await self._execute(f"SET lock_timeout = {milliseconds}")
+
+    async def _index(self) -> None:
+        if not self._indexed:
+            self._indexed = True
+            await self._execute(self._sql["index_diff"])
 
     async def write(self, name: str, after: int, last: int, at: datetime) -> int:
         """Apply the slice after < n <= last by one statement and transaction; return the rows."""

@@ -87,7 +87,8 @@ ON CONFLICT (mapping, key_hash) DO UPDATE SET value = EXCLUDED.value, reason = E
 
 -- name: heal_rejects
 UPDATE {schema}.rejects AS r SET healed_at = $1::timestamptz
-WHERE r.mapping = ANY($2::text[]) AND r.healed_at IS NULL AND NOT EXISTS (
+WHERE (r.mapping = ANY($2::text[]) OR r.mapping <> ALL($3::text[])) AND r.healed_at IS NULL
+    AND NOT EXISTS (
     SELECT FROM pg_temp.staged_rejects AS s WHERE s.mapping = r.mapping AND s.key = r.key);
 
 -- name: forget_rejects
