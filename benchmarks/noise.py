@@ -23,9 +23,13 @@ def cpu_seconds(postgres: int, redis: int) -> dict[str, float]:
         return {}
     ticks = [int(word) for word in (_PROC / "stat").read_text().splitlines()[0].split()[1:]]
     busy = sum(ticks[:_GUEST]) - sum(ticks[at] for at in _IDLE)
-    servers = {"postgres": _ticks(postgres), "redis": _ticks(redis)}
-    servers["others"] = busy - _ticks(os.getpid()) - sum(servers.values())
-    return {name: found * _TICK_S for name, found in servers.items()}
+    # The servers are children of this process, too.
+    found = {
+        "postgres": _ticks(postgres),
+        "redis": _ticks(redis),
+        "others": busy - _ticks(os.getpid()),
+    }
+    return {name: ticks * _TICK_S for name, ticks in found.items()}
 
 
 def _ticks(pid: int) -> int:

@@ -75,7 +75,8 @@ class Bench:
         after = noise.cpu_seconds(*self.servers)
         found |= {name: after[name] - before[name] for name in after}
         if after:
-            found["others"] /= (perf_counter() - begun) * (os.cpu_count() or 1)
+            share = found["others"] / (perf_counter() - begun) / (os.cpu_count() or 1)
+            found["others"] = max(0.0, share)
             self.noise.append(found["others"])
         return found
 
