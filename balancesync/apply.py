@@ -144,8 +144,8 @@ class Applier:
             self._queue.appendleft(_Slice(piece.op, middle, piece.last))
             self._queue.appendleft(_Slice(piece.op, piece.after, middle))
             return
-        row = await self._writer.row(piece.op, piece.after)
-        key = self._writer.mapping.print_key(row.key)
+        texts, values = await self._writer.row(piece.op, piece.after)
+        key = self._writer.mapping.print_key(texts)
         table = self._writer.mapping.config.table
         # What stands on the next lines is the row itself.
         said = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -156,7 +156,7 @@ class Applier:
         else:
             self.done.rejected += 1
             self._refused_updates += piece.op == "u"
-            value = "\t".join(text if text is not None else "" for text in row.new).encode()
+            value = "\t".join(text if text is not None else "" for text in values).encode()
             await self._writer.keep_rejects([Reject(key, value, "refused_by_table", detail)])
         if self.done.rejected + len(self.undeletable) > _MAX_REFUSED_ROWS:
             raise RunFailed(

@@ -87,6 +87,7 @@ def statements(
             f"{short}::{config.types[name].sql}::text AS {short}"
             for name, short in zip(values, v, strict=True)
         ),
+        "raw_texts": ", ".join(f"{name}::text AS {name}" for name in v),
         "old_texts": ", ".join(f"{name}::text AS {name}" for name in o),
         # Without a number it's one row all the same.
         "totals": ", ".join(_totals(config)) or "max(NULL::text)",

@@ -244,9 +244,9 @@ class Writer:
         """Take rows out of the diff, by their numbers."""
         await self._execute(self._sql["forget"], list(numbers))
 
-    async def sample(self, op: Op, limit: int, after: int = 0) -> list[Row]:
-        """The first `limit` rows of the diff with this op behind number `after`, in key order."""
-        rows = await self._fetch(self._sql["sample"], op.encode(), limit, after)
+    async def sample(self, op: Op, limit: int) -> list[Row]:
+        """The first `limit` rows of the diff with this op, in key order."""
+        rows = await self._fetch(self._sql["sample"], op.encode(), limit)
         olds = [f"o{number}" for number, _ in enumerate(self._values, 1)]
         return [
             Row(
@@ -290,6 +290,7 @@ class Writer:
         timed = self.mapping.config.synced_at and name != "delete"
         return await self._execute(self._sql[name], after, last, *([at] if timed else []))
 
-    async def row(self, op: Op, after: int) -> Row:
-        """The first row of the diff behind number `after`."""
-        return (await self.sample(op, 1, after))[0]
+    async def row(self, op: Op, after: int) -> tuple[tuple[str, ...], tuple[str | None, ...]]:
+        """The first row of the diff behind number `after`: key columns, new values as staged."""
+        row = (await self._fetch(self._sql["row"], op.encode(), after))[0]
+        return tuple(row[name] for name in self._keys), tuple(row[name] for name in self._values)

@@ -390,8 +390,8 @@ async def test_report_of_what_would_be(
         op: [(row.key, row.new, row.old) for row in rows] for op, rows in report.rows.items()
     }
     assert found == {
-        "i": [(("200",), ("7",), (None,))],
-        "u": [(("5",), ("3.5",), ("1.00",))],
+        "i": [(("200",), ("7.00",), (None,))],
+        "u": [(("5",), ("3.50",), ("1.00",))],
         "d": [(("98",), (None,), ("1.00",)), (("99",), (None,), ("1.00",))],
     }
     assert report.totals == {"balance": "7.50"}

@@ -77,7 +77,10 @@ SELECT n, op::text AS op, {key_texts} FROM {diff} WHERE n > $1 AND op = $3::"cha
 
 -- name: sample
 SELECT op::text AS op, {key_texts}, {value_texts}, {old_texts}
-FROM {diff} WHERE op = $1::"char" AND n > $3 ORDER BY n LIMIT $2;
+FROM {diff} WHERE op = $1::"char" ORDER BY n LIMIT $2;
+
+-- name: row
+SELECT {key_texts}, {raw_texts} FROM {diff} WHERE op = $1::"char" AND n > $2 ORDER BY n LIMIT 1;
 
 -- name: forget
 DELETE FROM {diff} WHERE n = ANY($1::bigint[]);
