@@ -15,7 +15,7 @@ setup: .venv/.ready ## .venv with the locked packages, by uv or by plain Python
 	@tools/setup
 
 test: .venv/.ready ## all tests, on private servers, with the coverage floor
-	@$(BIN)/pytest --cov=balancesync $(ARGS)
+	@$(BIN)/pytest -n auto --cov=balancesync $(ARGS)
 
 demo: .venv/.ready ## real balances from a real Redis into a real PostgreSQL
 	@$(BIN)/python -m balancesync demo $(ARGS)
