@@ -44,6 +44,7 @@ class Pipeline:
     """One attempt. `committed` is shared by a run's attempts: what they applied, by mapping.
 
     `on_progress` is called at least once a batch; what it raises ends the attempt there.
+    `has_read` tells whether a key may have been read: what changes from then on may be missed.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class Pipeline:
         on_alive: Callable[[], None],
     ) -> None:
         self.recorded = False
+        self.has_read = False
         self.reports: list[Report] = []
         self._config = config
         self._database = database
@@ -104,6 +106,7 @@ class Pipeline:
         identity = await self._source.identity()
         await self._warn_of_other_redis(session, identity.run_id)
         self._sizes = await self._source.dbsize()
+        self.has_read = True
         for part in list(parts):
             try:
                 await self._scan(part, identity)
@@ -306,9 +309,7 @@ class Pipeline:
         at = await session.clock()
         # Of mappings that are configured no more, nobody would ever say that a reject is healed.
         configured = [config.name for config in self._config.mapping] if run.full else None
-        await session.watch(
-            self._records.merge_rejects(connection, run, at, names, configured)
-        )
+        await session.watch(self._records.merge_rejects(connection, run, at, names, configured))
         await self._records.forget_old(connection, run.id)
         if success and (run.full or self._request.accept_loss):
             baselines = {part.mapping.name: part.baseline for part in parts}

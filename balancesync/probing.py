@@ -63,6 +63,7 @@ class Probing:
         while True:
             await self.probe()
             well = self._state.redis.connected and self._state.postgres.connected
+            await self._record_late()
             await self._refresh()
             if well and self._state.leader:
                 await self._watch_size()
@@ -84,6 +85,21 @@ class Probing:
             self._refresh_at = 0.0
             self._sample_due |= document["status"] == "succeeded" and document["mode"] == "apply"
 
+    async def _record_late(self) -> None:
+        """Record the runs that ended while PostgreSQL couldn't be told of them."""
+        unrecorded = self._runner.unrecorded
+        try:
+            while unrecorded and self._state.postgres.connected:
+                run = unrecorded[0]
+                async with asyncio.timeout(_ANSWER_S), self._database.acquire() as connection:
+                    with self._database.translated(last=True):
+                        await self._records.save(connection, run)
+                # The oldest may have made room for a newer one meanwhile.
+                if unrecorded[0] is run:
+                    unrecorded.popleft()
+        except (BalanceSyncError, TimeoutError) as error:
+            log.debug("a run could not be recorded yet", error=str(error))
+
     async def _refresh(self) -> None:
         """Keep the metrics in step with what PostgreSQL and Redis know."""
         now = asyncio.get_running_loop().time()
@@ -93,7 +109,9 @@ class Probing:
         try:
             if self._state.postgres.connected:
                 async with asyncio.timeout(_ANSWER_S), self._database.acquire() as connection:
-                    self._metrics.remember(await self._records.known(connection))
+                    # Before the first leader, and for whoever may not make it, there's no schema.
+                    with self._database.translated(last=True):
+                        self._metrics.remember(await self._records.known(connection))
             if self._state.redis.connected:
                 await self._ask_redis()
         except (BalanceSyncError, TimeoutError) as error:

@@ -24,6 +24,8 @@ _COMPANY_S: Final = 1.0
 # A progress event is for people: more often than this only costs.
 _PROGRESS_S: Final = 0.5
 _GRACE_S: Final = 30.0
+# A day of hourly runs, with some to spare.
+_MOST_UNRECORDED: Final = 100
 
 Publish = Callable[[str, Document], None]
 
@@ -44,14 +46,20 @@ class Ticket:
     @property
     def kind(self) -> tuple[Any, ...]:
         """Requests of one kind can share a run."""
-        request = self.request
-        return (request.job, request.mode, request.mapping, request.accept_loss)
+        return kind_of(self.request)
+
+
+def kind_of(request: Request) -> tuple[Any, ...]:
+    """What requests that can share a run have in common."""
+    return (request.job, request.mode, request.mapping, request.accept_loss)
 
 
 class Runner:
     """Executes requests one at a time. `publish` gets the events run_queued to run_finished.
 
     `beat` is the loop's time of the last progress that the runner really made, for the watchdog.
+    `owed` are postponed requests by their kind, `unrecorded` the last runs that ended while
+    PostgreSQL couldn't be told; both are for others to see to.
     """
 
     def __init__(
@@ -60,6 +68,7 @@ class Runner:
         self.current: Ticket | None = None
         self.draining = False
         self.owed: dict[tuple[Any, ...], Request] = {}
+        self.unrecorded: deque[Run] = deque(maxlen=_MOST_UNRECORDED)
         self.beat = 0.0
         self._config = config
         self._database = database
@@ -79,7 +88,8 @@ class Runner:
     def is_stuck(self) -> bool:
         """Whether nothing has moved for longer than any time-out or pause can explain."""
         longest_s = 2 * self._config.postgres.timeout + self._config.retry.maximum + _GRACE_S
-        return asyncio.get_running_loop().time() - self.beat > longest_s
+        # Before its first turn it can't have done anything.
+        return self.beat > 0 and asyncio.get_running_loop().time() - self.beat > longest_s
 
     def submit(self, request: Request) -> tuple[Ticket, Literal["started", "queued"]]:
         """Take a request in: it joins a run that hasn't read its first key, or waits its turn."""
@@ -140,10 +150,14 @@ class Runner:
         finally:
             self.current = self._sync = None
         ticket.reports = sync.reports
+        # Whoever accepted a loss knew of that one, and not of what Redis may come back with.
+        lasting = replace(ticket.request, accept_loss=False)
         if ticket.run.status == "postponed":
-            self.owed[ticket.kind] = ticket.request
+            self.owed[kind_of(lasting)] = lasting
         else:
-            self.owed.pop(ticket.kind, None)
+            self.owed.pop(kind_of(lasting), None)
+        if not sync.is_recorded:
+            self.unrecorded.append(ticket.run)
         document = run_document(ticket.run, ticket.reports or None)
         if sync.failure:
             document["error_kind"] = type(sync.failure).__name__
@@ -182,6 +196,7 @@ class Runner:
         run = ticket.run
         run.status, run.error, run.finished_at = status, why, datetime.now(UTC)
         run.duration_s = 0.0
+        self.unrecorded.append(run)
         self._publish("run_finished", run_document(run))
         ticket.done.set_result(run)
 

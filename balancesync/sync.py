@@ -38,8 +38,9 @@ class Sync:
     """Executes one request of the job sync or verify.
 
     `failure` is the error behind a status that isn't success, `reports` what a dry run or verify
-    found, `has_read` whether the first key was read. `on_progress` is called often and must be
-    quick; `on_alive` during a long statement, whenever PostgreSQL proves to be at work on it.
+    found, `is_recorded` whether PostgreSQL holds the run as it ended. `on_progress` is called
+    often and must be quick; `on_alive` during a long statement, whenever PostgreSQL proves to be
+    at work on it.
     """
 
     def __init__(
@@ -57,10 +58,16 @@ class Sync:
         self._source = source
         self._on_progress = on_progress
         self._on_alive = on_alive
-        self.has_read = False
+        self.is_recorded = False
         self._ending: RunFailed | None = None
         self._ended = asyncio.Event()
-        self._recorded = False
+        self._pipeline: Pipeline | None = None
+        self._begun = False
+
+    @property
+    def has_read(self) -> bool:
+        """Whether the attempt under way may have read a key."""
+        return self._pipeline is not None and self._pipeline.has_read
 
     def stop(self, reason: str) -> None:
         """End the run at its next batch, as cancelled; what is committed stays."""
@@ -128,7 +135,7 @@ class Sync:
             run.status, run.finished_at, run.duration_s = "running", None, None
             # The lock of an attempt that lost its session falls when PostgreSQL notices.
             patience_s = wait_s if run.attempts == 1 else max(wait_s, _LINGER_S)
-            pipeline = Pipeline(
+            pipeline = self._pipeline = Pipeline(
                 self._config,
                 self._database,
                 self._source,
@@ -160,23 +167,24 @@ class Sync:
                     raise self._ending from error
             else:
                 self.reports = pipeline.reports
+                self.is_recorded = pipeline.recorded
                 return
             finally:
-                self._recorded |= pipeline.recorded
+                self._begun |= pipeline.recorded
 
     def _progress(self, progress: Progress) -> None:
         if self._ending is not None:
             raise self._ending
-        self.has_read |= progress.done > 0
         self._on_progress(progress)
 
     async def _record(self, run: Run) -> None:
         """Record a run that didn't succeed, if it had begun and PostgreSQL is there."""
-        if not self._recorded:
+        if not self._begun:
             return
         try:
             async with self._database.acquire() as connection:
                 await Records(self._database).save(connection, run)
+            self.is_recorded = True
         except BalanceSyncError as error:
             log.error("the run could not be recorded", run=str(run.id), error=str(error))
 
