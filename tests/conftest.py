@@ -69,7 +69,7 @@ async def pg(postgres_dsn: str) -> AsyncIterator[asyncpg.Connection]:
 async def _redis_server_url() -> AsyncIterator[str]:
     if given := os.environ.get(REDIS):
         if "PYTEST_XDIST_WORKER" in os.environ:
-            pytest.exit(f"{REDIS} is one database, and parallel workers would empty it in turn; -n 0")
+            pytest.exit(f"{REDIS} is one database for all workers: run with -n 0")
         async with Redis.from_url(given) as client:
             if await client.dbsize():
                 pytest.exit(f"the database that {REDIS} names holds keys: the tests would empty it")
