@@ -86,7 +86,7 @@ class Api:
 
     async def livez(self, call: Call) -> web.Response:
         """Whether the process does what it should; a server that is down is no reason to end it."""
-        if self._runner.beat and self._runner.is_stuck and not self._state.draining:
+        if self._runner.is_stuck and not self._state.draining:
             return reply({"status": "stuck"}, 503)
         return reply({"status": "alive"})
 

@@ -64,6 +64,8 @@ class Facts:
                 async for event in events:
                     if event.kind == "run_finished":
                         self._take(event.document)
+                        # So that it's known, should PostgreSQL go before anybody asks.
+                        await self._recorded()
             # It ends when the daemon does, or after a backlog that was dropped.
             await asyncio.sleep(_FRESH_S)
 
@@ -226,13 +228,15 @@ class Cache:
         self._found: overview.Recorded | None = None
         self._found_at = 0.0
         self._due = 0.0
-        self._expired = True
+        # How many things have happened so far, and how many of them the last reading has seen.
+        self._happened = 1
+        self._seen = 0
         self._is_late = False
         self.error: str | None = None
 
     def expire(self) -> None:
         """Something has happened: what was read is no longer the last word."""
-        self._expired = True
+        self._happened += 1
         self._due = 0.0
 
     @property
@@ -245,24 +249,25 @@ class Cache:
 
         While it isn't up it isn't asked.
         """
-        if not is_up:
-            return self._found
         loop = asyncio.get_running_loop()
-        if self._reading is None and loop.time() >= self._due:
-            self._reading = loop.create_task(self._read())
-        reading, is_fresh = self._reading, not self._expired and self.age_s < _USABLE_S
-        if reading is not None and not self._is_late and not (is_fresh and self._found):
-            done, _ = await asyncio.wait({reading}, timeout=_WAIT_S)
-            if done and not reading.cancelled():
-                reading.result()
-            elif not done:
+        deadline = loop.time() + _WAIT_S
+        while is_up:
+            if self._reading is None and loop.time() >= self._due:
+                self._reading = loop.create_task(self._read())
+            reading, is_fresh = self._reading, self._seen == self._happened
+            if reading is None or self._is_late or (is_fresh and self.age_s < _USABLE_S):
+                break
+            done, _ = await asyncio.wait({reading}, timeout=deadline - loop.time())
+            if not done:
                 # Who asks next gets the old answer at once, until this one has come.
                 self._is_late = True
                 self.error = f"PostgreSQL didn't answer in {_WAIT_S:g} s"
+            elif not reading.cancelled():
+                reading.result()
         return self._found
 
     async def _read(self) -> None:
-        self._expired = False
+        happened = self._happened
         loop = asyncio.get_running_loop()
         try:
             found = await overview.read(self._database)
@@ -272,8 +277,8 @@ class Cache:
             self._found, self._found_at, self.error = found, loop.time(), None
         finally:
             if self._reading is asyncio.current_task():
-                self._reading, self._is_late = None, False
-                self._due = 0.0 if self._expired else loop.time() + _FRESH_S
+                self._reading, self._is_late, self._seen = None, False, happened
+                self._due = loop.time() + _FRESH_S if happened == self._happened else 0.0
 
 
 def ticket_document(ticket: Ticket) -> Document:

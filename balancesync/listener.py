@@ -112,6 +112,8 @@ class _Protocol(web.RequestHandler):
         message: str | None = None,
     ) -> web.StreamResponse:
         """Answer what is no HTTP, or what a handler hasn't foreseen."""
+        if isinstance(exc, ConnectionError):
+            raise exc  # the client has gone, or was dropped
         if status >= 500:
             log.error("a request ended with a bug", path=request.path, exc_info=exc)
             problem = HttpProblem(500, "internal_error", "a bug; the log of balancesync says more")
