@@ -60,7 +60,7 @@ _HELP: Final = {
     "schedule": "when each job runs next",
     "cancel": "cancel the run that a running daemon is at, or one by its id",
     "events": "follow what a running daemon does",
-    "demo": "sync real balances between private servers and explain each step",
+    "demo": "sync real balances between private servers, explain each step, end in the daemon",
 }
 
 
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.command == "demo":
             from balancesync import demo  # noqa: PLC0415
 
-            return demo.run(execute)
+            return demo.run(execute, once=args.once)
         from balancesync.config import load  # noqa: PLC0415
 
         return _execute(args, load(args.config), report_bugs=argv is None)
@@ -252,7 +252,13 @@ def _add_cancel(command: argparse.ArgumentParser) -> None:
 def _add_demo(command: argparse.ArgumentParser) -> None:
     command.description = (
         "Starts a private Redis and PostgreSQL, syncs the 8,893 real balances of Ethereum's genesis"
-        "\nblock between them, and explains each step. Ends by itself and leaves nothing behind."
+        "\nblock between them, and explains each step. Then the daemon"
+        "\nruns beside an application that moves the money, until Ctrl-C. Leaves nothing behind."
+    )
+    command.add_argument(
+        "--once",
+        action="store_true",
+        help="end when the daemon's work is proven for the first time",
     )
 
 

@@ -1,5 +1,7 @@
 """`balancesync demo`: real balances from a private Redis into a private PostgreSQL, step by step.
 
+It ends in the daemon, beside an application that moves the money about, until Ctrl-C.
+
 The balances are those of Ethereum's genesis block of 2015: 8,893 accounts with up to 26 digits, far
 beyond what 64 bits or a float hold, whose sum a single rounding would break. They lie as
 `address,wei` in `data/ethereum-genesis.csv.gz`, made from the mainnet genesis state in the npm
@@ -15,24 +17,30 @@ import gzip
 import importlib.resources
 import random
 import secrets
+import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Final
 
 from pydantic import SecretStr
 from rich.text import Text
 
-from balancesync.config import Config, LogConfig, MappingConfig, PostgresConfig, RedisConfig
-from balancesync.connection import connected, parse
-from balancesync.database import Database
+from balancesync.config import (
+    Config,
+    LogConfig,
+    MappingConfig,
+    PostgresConfig,
+    RedisConfig,
+    ScheduleConfig,
+)
 from balancesync.embedded import PostgresServer, RedisServer
 from balancesync.errors import Refused, RunFailed
+from balancesync.proof import SUM, TOTAL_WEI, Proof, ask_sum
 from balancesync.show import ago, write
+from balancesync.traffic import Balances, lose_all, put
 
 Execute = Callable[[Sequence[str], Config], int]
-Balances = dict[str, int]
-
-TOTAL_WEI: Final = 72_009_990_499_480_000_000_000_000
 
 _COMMAND_STYLE: Final = "cyan"
 _TRANSFERS: Final = 200
@@ -41,24 +49,30 @@ _BAD: Final = {
     "0x00000000000000000000000000000000000000bb": "NaN",
     "0x00000000000000000000000000000000000000cc": "0.1",
 }
-_SUM: Final = "SELECT count(*), sum(wei) FROM balances"
 
 
-def run(execute: Execute) -> int:
+def run(execute: Execute, *, once: bool = False) -> int:
     """Run the demo; `execute` runs a command line with a configuration and gives its exit code.
 
-    Raises EmbeddedError: there are no servers to start on this machine.
+    It ends with SIGINT or SIGTERM; `once`: after the first proof that the daemon's work is right.
+    Raises EmbeddedError: there are no servers to start on this machine; RunFailed: a step ended
+    otherwise than it should.
     """
     begun = time.monotonic()
     _title("Start a private PostgreSQL and a private Redis, on free ports of this machine")
     # A password each: else every user of this machine could talk to them.
     passwords = secrets.token_urlsafe(), secrets.token_urlsafe()
-    with (
-        PostgresServer(password=passwords[0], durable=False) as postgres,
-        RedisServer(password=passwords[1]) as redis,
-    ):
-        write(f"PostgreSQL listens on {postgres.port}, Redis on {redis.port}: {_since(begun)}")
-        _Demo(execute, _configure(postgres, redis)).tell()
+    try:
+        with (
+            PostgresServer(password=passwords[0], durable=False) as postgres,
+            RedisServer(password=passwords[1]) as redis,
+        ):
+            write(f"PostgreSQL listens on {postgres.port}, Redis on {redis.port}: {_since(begun)}")
+            config = _configure(postgres, redis)
+            balances = _Demo(execute, config).tell()
+            _run_daemon(config, balances, once=once)
+    except KeyboardInterrupt:
+        write("", "Stopped.")
     write("", Text(f"Done in {_since(begun)}. Servers and data are gone again.", "bold"))
     return 0
 
@@ -71,19 +85,21 @@ class _Demo:
         self._config = config
         self._balances = read_balances()
 
-    def tell(self) -> None:
-        """All of it; raises RunFailed where a step ends otherwise than it should."""
+    def tell(self) -> Balances:
+        """All of it; give what Redis then holds. Raises RunFailed where a step goes wrong."""
         self._load()
         self._sync_all()
         self._sync_transfers()
         self._sync_bad_records()
         self._verify()
         self._lose_redis()
+        self._bring_back()
+        return self._balances
 
     def _load(self) -> None:
         _title("Put the balances of Ethereum's genesis block into Redis, in wei")
         begun = time.monotonic()
-        self._set(self._balances)
+        self._put(self._balances)
         richest = max(self._balances, key=self._balances.__getitem__)
         write(
             f"{len(self._balances):,} keys: {_since(begun)}. The largest is",
@@ -97,7 +113,7 @@ class _Demo:
 
     def _sync_transfers(self) -> None:
         _title(f"Move wei between {2 * _TRANSFERS} accounts, and look before anything is written")
-        self._set(self._transfer())
+        self._put(self._transfer())
         self._run("sync", "--dry-run")
         _title("Write the difference, and nothing but the difference")
         self._run("sync")
@@ -105,7 +121,7 @@ class _Demo:
 
     def _sync_bad_records(self) -> None:
         _title("Three records that are no number of wei: skipped, kept, explained")
-        self._set(_BAD)
+        self._put(_BAD)
         self._run("sync")
         self._run("rejects")
         self._prove_sum()
@@ -117,13 +133,20 @@ class _Demo:
     def _lose_redis(self) -> None:
         _title("Redis loses everything: the sync is refused (exit code 3), PostgreSQL keeps it all")
         write(Text("$ redis-cli FLUSHALL", _COMMAND_STYLE))
-        asyncio.run(self._in_redis([(b"FLUSHALL",)]))
+        asyncio.run(lose_all(self._config.redis))
         self._run("sync", expect=Refused.exit_code)
+        self._prove_sum()
+
+    def _bring_back(self) -> None:
+        _title("The balances come back to Redis: that heals it, nothing is left to be accepted")
+        self._put(self._balances)
+        self._run("sync")
         self._prove_sum()
 
     def _run(self, *command: str, expect: int = 0) -> None:
         write(Text(f"$ balancesync {' '.join(command)}", _COMMAND_STYLE))
-        code = self._execute(command, self._config)
+        with _undisturbed():
+            code = self._execute(command, self._config)
         if code != expect:
             raise RunFailed(f"`balancesync {' '.join(command)}` ended with {code}, not {expect}")
 
@@ -136,33 +159,30 @@ class _Demo:
             self._balances[payee] += amount
         return {address: self._balances[address] for address in chosen}
 
-    def _set(self, values: Mapping[str, int | str]) -> None:
-        words = (word for key, value in values.items() for word in (f"balance:{key}", str(value)))
-        asyncio.run(self._in_redis([(b"MSET", *(word.encode() for word in words))]))
-
-    async def _in_redis(self, commands: list[tuple[bytes, ...]]) -> None:
-        address, access = parse(
-            self._config.redis.url.get_secret_value(), timeout=10.0, clustered=False
-        )
-        async with connected(address, access) as connection:
-            for reply, command in zip(await connection.pipeline(commands), commands, strict=True):
-                connection.check(reply, command[0])
+    def _put(self, values: Mapping[str, int | str]) -> None:
+        asyncio.run(put(values, self._config.redis))
 
     def _prove_sum(self) -> None:
-        write(Text(f"$ psql -c '{_SUM}'", _COMMAND_STYLE))
-        count, total = asyncio.run(self._ask_sum())
+        write(Text(f"$ psql -c '{SUM}'", _COMMAND_STYLE))
+        count, total = asyncio.run(ask_sum(self._config))
         if total != TOTAL_WEI:
             raise RunFailed(f"the sum in PostgreSQL is {total}, not {TOTAL_WEI}")
         write(f"{count:,} rows, {total} wei: exactly what Ethereum began with")
 
-    async def _ask_sum(self) -> tuple[int, int]:
-        database = Database(self._config.postgres)
-        try:
-            async with database.acquire() as connection:
-                count, total = (await connection.fetch(_SUM))[0]
-                return count, int(total)
-        finally:
-            await database.close()
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Let a command of a moment end before SIGINT or SIGTERM raises KeyboardInterrupt.
+
+    Else it would take the signal for its own, and to the demo its end would be a failure.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        # Commands that handle SIGTERM leave it with the system's own answer, instant death.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _title(text: str) -> None:
@@ -171,6 +191,26 @@ def _title(text: str) -> None:
 
 def _since(begun: float) -> str:
     return ago(time.monotonic() - begun)
+
+
+def _run_daemon(config: Config, balances: Balances, *, once: bool) -> None:
+    _title("The daemon, while an application moves money about; every so often a proof")
+    write(Text("$ balancesync run", _COMMAND_STYLE))
+
+    async def serve() -> None:
+        await Proof(config, balances, once=once).serve()
+
+    try:
+        asyncio.run(serve())
+    except ExceptionGroup as group:
+        raise _reason(group) from group
+
+
+def _reason(error: Exception) -> Exception:
+    """The first of what went wrong together; one is enough for one line."""
+    while isinstance(error, ExceptionGroup):
+        error = error.exceptions[0]
+    return error
 
 
 def read_balances() -> Balances:
@@ -189,5 +229,6 @@ def _configure(postgres: PostgresServer, redis: RedisServer) -> Config:
         redis=RedisConfig(url=SecretStr(redis.url)),
         postgres=PostgresConfig(dsn=SecretStr(postgres.dsn)),
         mapping=(balances,),
+        schedule=ScheduleConfig(min_interval=0),
         log=LogConfig(level="critical"),  # each step says itself what happened,
     )
