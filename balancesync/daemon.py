@@ -45,7 +45,7 @@ class Daemon:
             __version__, [mapping.name for mapping in config.mapping], ["sync", "verify"]
         )
         self.runner = Runner(config, self._database, self._source, self._publish)
-        self._schedule = Schedule(config.schedule, self._fire)
+        self._schedule = Schedule(config.schedule, self.fire)
         self._leadership = Leadership(self._database, self.state.name, self._lead)
         self._probing = Probing(
             config,
@@ -108,6 +108,7 @@ class Daemon:
             self.state.draining = True
             self.runner.drain()
             await running
+            await self._probing.record_late()
             self.events.close()
             for helper in helpers:
                 helper.cancel()
@@ -133,13 +134,16 @@ class Daemon:
         log.info("SIGHUP: a forced sync; the configuration is not read again, restart for that")
         self._request(Request("sync", "sighup"))
 
-    def _fire(self, name: str, job: JobConfig) -> None:
+    def fire(self, name: str, job: JobConfig) -> None:
+        """Ask for what a job of the schedule wants; the schedule calls it."""
         mode: Mode = "verify" if job.job == "verify" else "apply"
         self._request(Request(job.job, f"cron:{name}", mode=mode, force=False))
 
     def _request(self, request: Request) -> None:
-        if not self.state.leader and self.state.postgres.connected:
-            log.debug("a standby runs nothing", trigger=request.trigger)
+        if not self.state.leader and self.state.leader_name is not None:
+            log.info(
+                "a standby runs nothing", trigger=request.trigger, leader=self.state.leader_name
+            )
         elif not self.state.draining:
             self.runner.submit(request)
 

@@ -63,7 +63,7 @@ class Probing:
         while True:
             await self.probe()
             well = self._state.redis.connected and self._state.postgres.connected
-            await self._record_late()
+            await self.record_late()
             await self._refresh()
             if well and self._state.leader:
                 await self._watch_size()
@@ -85,8 +85,8 @@ class Probing:
             self._refresh_at = 0.0
             self._sample_due |= document["status"] == "succeeded" and document["mode"] == "apply"
 
-    async def _record_late(self) -> None:
-        """Record the runs that ended while PostgreSQL couldn't be told of them."""
+    async def record_late(self) -> None:
+        """Record the runs that ended while PostgreSQL couldn't be told, or before they began."""
         unrecorded = self._runner.unrecorded
         try:
             while unrecorded and self._state.postgres.connected:

@@ -114,6 +114,16 @@ class Api:
                 return float(line.rpartition(" ")[2])
         return None
 
+    async def until_sample(
+        self, name: str, fits: Callable[[float | None], bool], within_s: float = 20
+    ) -> None:
+        """Ask until a metric's value fits."""
+        async with asyncio.timeout(within_s):
+            while True:
+                if fits(await self.sample(name)):
+                    return
+                await asyncio.sleep(0.02)
+
     async def until(self, path: str, fits: Callable[[Any], bool], within_s: float = 20) -> Any:
         """Ask until the document fits; return it."""
         document = None
