@@ -253,27 +253,17 @@ async def test_a_field_that_is_left_out_is_no_null_without_a_table_that_allows_i
     assert "rejected as missing_field" in document["error"]["message"]
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
-        "007",
-        "+7",
-        "7.0",
-        "x",
-        "",
-        "7/",
-        "7/8",
-        "%2F",
-        "1%00",
-        "%ff",
-        "9223372036854775808",
-        "1" * 3000,
-    ],
+NO_KEYS = (
+    *("007", "+7", "7.0", "x", "", "7/", "7/8", "%2F", "1%00", "%ff", "9223372036854775808"),
+    "1" * 3000,
 )
-async def test_what_is_no_key(postgres_dsn: str, redis_url: str, path: str) -> None:
+
+
+async def test_what_is_no_key(postgres_dsn: str, redis_url: str) -> None:
     async with Site.on(postgres_dsn, redis_url, STRING) as site:
-        status, document = await ask_raw(site, f"plain/{path}")
-    assert (status, document["error"]["code"]) == (422, "invalid_key")
+        for path in NO_KEYS:
+            status, document = await ask_raw(site, f"plain/{path}")
+            assert (status, document["error"]["code"]) == (422, "invalid_key"), path
 
 
 async def test_json_and_member(postgres_dsn: str, redis_url: str, redis: Redis) -> None:
