@@ -1,0 +1,108 @@
+"""Leader and standby: who leads, and who takes over when, on a real PostgreSQL."""
+
+import signal
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import asyncpg
+import pytest
+from redis.asyncio import Redis
+from running import Inside, Outside, Processes, daemon_config, free_port, processes
+
+from balancesync.database import lock_key
+from balancesync.model import Request
+
+LEADER = lock_key("leader", "balancesync")
+TAKEOVER_S = 10.0
+
+
+@pytest.fixture
+async def started(tmp_path: Path, postgres_dsn: str, redis_url: str) -> AsyncIterator[Processes]:
+    """Starts processes on the test's servers; all are gone after the test."""
+    async with processes(tmp_path, postgres_dsn, redis_url) as made:
+        yield made
+
+
+async def pair(started: Processes) -> tuple[Outside, Outside]:
+    """A leader and its standby."""
+    leader = await started.daemon(port=free_port())
+    await leader.log.next("leading")
+    standby = await started.daemon(port=free_port())
+    await standby.log.next("standing by")
+    return leader, standby
+
+
+async def test_a_standby_is_healthy_runs_nothing_and_names_the_leader(
+    started: Processes, redis: Redis, pg: asyncpg.Connection
+) -> None:
+    await redis.set("balance:1", "1")
+    leader, standby = await pair(started)
+    assert (await leader.api.sync())["status"] == "succeeded"
+    name = (await leader.api.document("/status"))["name"]
+    status = await standby.api.until("/status", lambda found: found["postgres"]["connected"])
+    assert (status["state"], status["leader"]) == ("standby", name)
+    assert status["next_run_at"] is None
+    assert (await standby.api.ask("/health"))[0] == 200
+    assert '"ready"' in await standby.api.text("/readyz")
+    for method, path in (("POST", "/force-sync"), ("DELETE", "/clear-cache")):
+        code, answer = await standby.api.ask(path, method)
+        assert (code, answer["error"]["code"]) == (409, "standby")
+        assert name in answer["error"]["message"]
+    standby.send(signal.SIGHUP)
+    await standby.log.next("a standby runs nothing", leader=name)
+    assert await standby.api.sample("leader") == 0
+    assert await leader.api.sample("leader") == 1
+    # What a standby tells of the runs is what PostgreSQL knows of them.
+    ended = 'last_success_timestamp_seconds{job="sync"}'
+    await standby.api.until_sample(ended, lambda value: value is not None)
+    assert await pg.fetchval("SELECT count(*) FROM balancesync.runs") == 1
+    # And it takes over from a leader that is told to stop.
+    leader.send(signal.SIGTERM)
+    assert await leader.ended() == 0
+    await standby.log.next("leading", within_s=3)
+    assert (await standby.api.sync())["status"] == "succeeded"
+
+
+async def test_a_killed_leader_is_replaced(started: Processes, redis: Redis) -> None:
+    await redis.set("balance:1", "1")
+    leader, standby = await pair(started)
+    leader.send(signal.SIGKILL)
+    await standby.log.next("leading", within_s=TAKEOVER_S)
+    assert (await standby.api.document("/status"))["state"] == "idle"
+    assert (await standby.api.sync())["status"] == "succeeded"
+
+
+async def test_a_leader_that_loses_its_session_leads_again(
+    redis: Redis, redis_url: str, postgres_dsn: str, pg: asyncpg.Connection
+) -> None:
+    await redis.set("balance:1", "1")
+    jobs = {"often": {"cron": "0 0 1 1 *", "job": "sync"}}
+    schedule = {"on_start": True, "jobs": jobs}
+    config = daemon_config(postgres_dsn, redis_url, schedule=schedule)
+    async with Inside(config) as inside:
+        await inside.finished(trigger="startup", status="succeeded")
+        await inside.leads()
+        await pg.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory'"
+            " AND (classid::bigint << 32) | objid::bigint = $1",
+            LEADER,
+        )
+        await inside.log.next("leader", leads=False)
+        # Nobody leads: what fires now must not be lost.
+        inside.daemon.fire("often", config.schedule.jobs["often"])
+        await inside.finished(trigger="cron:often", status="succeeded")
+        await inside.leads()
+        await inside.finished(trigger="startup", status="succeeded")
+
+
+async def test_a_standby_owes_nothing(
+    redis: Redis, redis_url: str, postgres_dsn: str, pg: asyncpg.Connection
+) -> None:
+    await pg.execute("SET application_name = 'balancesync elsewhere:1'")
+    await pg.execute("SELECT pg_advisory_lock($1)", LEADER)
+    async with Inside(daemon_config(postgres_dsn, redis_url)) as inside:
+        await inside.log.next("leader", leads=False, leader="elsewhere:1")
+        assert inside.runner.owed == {}
+        inside.runner.submit(Request("sync", "http"))
+        await pg.execute("SELECT pg_advisory_unlock_all()")
+        await inside.leads()
