@@ -13,7 +13,6 @@ from balancesync import __version__
 from balancesync.config import Config, JobConfig
 from balancesync.database import Database
 from balancesync.documents import Document
-from balancesync.errors import BalanceSyncError
 from balancesync.leadership import Leadership
 from balancesync.metrics import Metrics
 from balancesync.model import Mode, Request
@@ -193,7 +192,13 @@ async def run(config: Config) -> int:
     """Be the daemon until SIGTERM or SIGINT; return the exit code. Raises ConfigError."""
     try:
         await Daemon(config).run()
-    except* BalanceSyncError as group:
-        # A task group wraps what ended it; one reason is enough for one line.
-        raise group.exceptions[0] from group
+    except ExceptionGroup as group:
+        raise reason_of(group) from group
     return 0
+
+
+def reason_of(error: Exception) -> Exception:
+    """The first of what ended task groups together; one is enough for one line."""
+    while isinstance(error, ExceptionGroup):
+        error = error.exceptions[0]
+    return error

@@ -34,6 +34,7 @@ from balancesync.config import (
     RedisConfig,
     ScheduleConfig,
 )
+from balancesync.daemon import reason_of
 from balancesync.embedded import PostgresServer, RedisServer
 from balancesync.errors import Refused, RunFailed
 from balancesync.proof import SUM, TOTAL_WEI, Proof, ask_sum
@@ -203,14 +204,7 @@ def _run_daemon(config: Config, balances: Balances, *, once: bool) -> None:
     try:
         asyncio.run(serve())
     except ExceptionGroup as group:
-        raise _reason(group) from group
-
-
-def _reason(error: Exception) -> Exception:
-    """The first of what went wrong together; one is enough for one line."""
-    while isinstance(error, ExceptionGroup):
-        error = error.exceptions[0]
-    return error
+        raise reason_of(group) from group
 
 
 def read_balances() -> Balances:
