@@ -118,6 +118,7 @@ class Database:
                         timeout=self.config.timeout,
                         command_timeout=self.config.timeout,
                         init=_prepare,
+                        reset=_end_transaction,
                     )
             async with self._pool.acquire(timeout=self.config.timeout) as connection:
                 yield connection  # type: ignore[misc]  # a PoolConnectionProxy is one in all but name
@@ -164,6 +165,13 @@ class Database:
             if ours is None:
                 raise
             raise ours from error
+
+
+async def _end_transaction(connection: Connection) -> None:
+    # The driver's own way, RESET ALL, would also undo what `_prepare` has set. Nobody sets anything
+    # else on a pooled connection.
+    if connection.is_in_transaction():
+        await connection.execute("ROLLBACK")
 
 
 async def _prepare(connection: Connection) -> None:
