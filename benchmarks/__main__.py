@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
-from typing import Any, Final
+from typing import Final
 
 from balancesync import __version__
 from balancesync.errors import BalanceSyncError
@@ -61,20 +61,22 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-async def _measure(args: argparse.Namespace) -> dict[str, Any]:
+async def _measure(args: argparse.Namespace) -> None:
     rows: list[Row] = []
     async with bench(args.keys, args.runs, quick=args.quick) as stage:
         versions = await stage.versions()
-        for name in args.only or CASES:
-            print(f"{datetime.now(UTC):%H:%M:%S} {name}", file=sys.stderr, flush=True)
-            rows += await CASES[name](stage)
-    machine = _machine(versions, stage.noise, args)
-    print(machine, "", render(rows), "", _details(stage), sep="\n")
-    return {
-        "machine": machine,
-        "rows": [vars(row) for row in rows],
-        "details": stage.details,
-    }
+        try:
+            for name in args.only or CASES:
+                print(f"{datetime.now(UTC):%H:%M:%S} {name}", file=sys.stderr, flush=True)
+                rows += await CASES[name](stage)
+        finally:
+            # Also when a case broke: the others have taken their time.
+            machine = _machine(versions, stage.noise, args)
+            print(machine, "", render(rows), "", _details(stage), sep="\n")
+            if args.json:
+                lines = [vars(row) for row in rows]
+                found = {"machine": machine, "rows": lines, "details": stage.details}
+                args.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def _machine(versions: str, noise: list[float], args: argparse.Namespace) -> str:
@@ -105,12 +107,10 @@ def main() -> int:
     """Measure what the command line asks for."""
     args = _parser().parse_args()
     try:
-        found = asyncio.run(_measure(args))
+        asyncio.run(_measure(args))
     except (Broken, BalanceSyncError) as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return 1
-    if args.json:
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
     return 0
 
 

@@ -30,6 +30,7 @@ POSTGRES: Final = {
 }
 _POLL_S: Final = 0.02
 _POLLS: Final = 3000
+_LOG_LINES: Final = 20
 
 
 class Broken(Exception):
@@ -159,6 +160,9 @@ async def bench(keys: int, runs: int, *, quick: bool) -> AsyncIterator[Bench]:
                 connection,
                 servers=(postgres.pid, redis.pid),
             )
+        except (Broken, asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
+            said = postgres.log.splitlines()[-_LOG_LINES:]
+            raise Broken("\n".join([str(error), "PostgreSQL's log ends with:", *said])) from error
         finally:
             connection.terminate()
 

@@ -19,6 +19,7 @@ from pydantic import SecretStr
 from balancesync import telemetry
 from balancesync.config import Config, LogConfig, MappingConfig, PostgresConfig, RedisConfig
 from balancesync.database import Database
+from balancesync.errors import BalanceSyncError
 from balancesync.model import Request
 from balancesync.pipeline import Progress
 from balancesync.source import Source
@@ -116,10 +117,13 @@ def main() -> None:
     action, parameters = ACTIONS[sys.argv[1]], json.loads(sys.argv[2])
     taken = inspect.signature(action).parameters
     given = {name: value for name, value in parameters.items() if name in taken}
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        begun = process_time()
-        found = runner.run(action(**given))
-        print(json.dumps(found | {"client": process_time() - begun}))
+    begun = process_time()
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            found = runner.run(action(**given))
+    except BalanceSyncError as error:
+        sys.exit(f"{sys.argv[1]}: {error}")
+    print(json.dumps(found | {"client": process_time() - begun}))
 
 
 if __name__ == "__main__":
