@@ -14,6 +14,7 @@ from uuid import uuid4
 
 import asyncpg
 import pytest
+import structlog
 from engine import Engine, make_config
 from redis.asyncio import Redis
 
@@ -22,6 +23,14 @@ from balancesync.source import Source
 
 POSTGRES = "BALANCESYNC_TEST_POSTGRES"
 REDIS = "BALANCESYNC_TEST_REDIS"
+
+
+@pytest.fixture(autouse=True)
+def _same_logs() -> Iterator[None]:
+    """A test that sets up the logs does so for itself alone."""
+    before = structlog.get_config()
+    yield
+    structlog.configure(**before)
 
 
 @pytest.fixture(scope="session")
