@@ -8,16 +8,12 @@ import aiohttp
 
 from balancesync.config import HttpConfig
 from balancesync.documents import Document
-from balancesync.errors import BalanceSyncError, RunFailed, Unavailable
+from balancesync.errors import BalanceSyncError, DaemonUnavailable, RunFailed
 
 _PREFIX: Final = "/sync-management"
 # A daemon on this machine answers at once, or isn't there.
 _ANSWER_S: Final = 5.0
 _EVERYWHERE: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104  # asked, not listened on
-
-
-class DaemonUnavailable(Unavailable):
-    """No daemon answers; is `balancesync run` up, and http.host and http.port the same?"""
 
 
 class Client:

@@ -12,7 +12,8 @@
     │   ├── SourceChanged            1
     │   └── Unavailable             75
     │       ├── RedisUnavailable    75
-    │       └── PostgresUnavailable 75
+    │       ├── PostgresUnavailable 75
+    │       └── DaemonUnavailable   75
     ├── RunFailed                    1
     │   ├── MappingFailed            1
     │   ├── Cancelled                1
@@ -98,6 +99,10 @@ class RedisUnavailable(Unavailable):
 
 class PostgresUnavailable(Unavailable):
     """PostgreSQL can't be reached, is in recovery, or is read-only."""
+
+
+class DaemonUnavailable(Unavailable):
+    """No daemon answers; is `balancesync run` up, and http.host and http.port the same?"""
 
 
 class RunFailed(BalanceSyncError):

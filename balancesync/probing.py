@@ -83,6 +83,7 @@ class Probing:
         """Hear of an event: a run that ended changes what the metrics must know."""
         if kind == "run_finished":
             self._refresh_at = 0.0
+            self._remember_size(document)
             self._sample_due |= document["status"] == "succeeded" and document["mode"] == "apply"
 
     async def record_late(self) -> None:
@@ -139,6 +140,19 @@ class Probing:
             log.info(f"{kind} answers", version=now.version, latency_ms=now.latency_ms)
         else:
             log.warning(f"{kind} doesn't answer", error=now.error)
+
+    def _remember_size(self, run: Dictionary[str, Any]) -> None:
+        """What a run has just counted is the least that Redis held, if no probe came in between.
+
+        The fields of a big hash are no keys, and two mappings may read the same ones.
+        """
+        counted = [
+            counts["scanned"] - counts["ignored"] - counts["vanished"]
+            for config in self._config.mapping
+            if not config.member and (counts := run["mappings"].get(config.name))
+        ]
+        if run["status"] == "succeeded" and counted:
+            self._size = max(counted)
 
     async def _watch_size(self) -> None:
         """Ask for a run at once when Redis has lost keys: the guard then says so at once, too."""

@@ -7,9 +7,10 @@ from datetime import UTC, datetime
 from zoneinfo import ZoneInfo
 
 from balancesync import show
-from balancesync.client import Client, DaemonUnavailable
+from balancesync.client import Client
 from balancesync.config import Config
 from balancesync.documents import Document, time_text
+from balancesync.errors import DaemonUnavailable
 from balancesync.schedule import next_fire
 
 
