@@ -4,6 +4,9 @@ schedule under a clock that the test moves.
 
 import asyncio
 import math
+import os
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
@@ -531,6 +534,19 @@ async def test_wakes_up_by_itself(
             await fired.called.wait()
         fired.called.clear()
         assert fired.taken() == ["hourly"]
+
+
+def test_zones_of_a_machine_without_any() -> None:
+    # As in a slim image: no /usr/share/zoneinfo to look into.
+    code = f"import zoneinfo; print(zoneinfo.TZPATH, zoneinfo.ZoneInfo({BERLIN!r}))"
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONTZPATH": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.stdout == f"() {BERLIN}\n", found.stderr
 
 
 @pytest.mark.parametrize(
