@@ -10,7 +10,8 @@ context, hiredis packs and parses, and a dead connection stays dead. What an err
     MISCONF OOM NOREPLICAS, too many clients                          RedisUnavailable  yes
     MOVED ASK in a cluster                                            SourceChanged     yes
     MOVED ASK CROSSSLOT with redis.cluster = false                    ConfigError       no
-    NOAUTH WRONGPASS NOPERM DENIED, no such database                  ConfigError       no
+    NOAUTH WRONGPASS DENIED, no such database                         ConfigError       no
+    NOPERM                                                            RightMissing      no
     a certificate that isn't accepted, no TLS at the port, no Redis   ConfigError       no
     any other error reply                                             RunFailed         no
 
@@ -35,6 +36,7 @@ from balancesync.errors import (
     BalanceSyncError,
     ConfigError,
     RedisUnavailable,
+    RightMissing,
     RunFailed,
     SourceChanged,
 )
@@ -273,9 +275,12 @@ class Connection(asyncio.Protocol):
         name = command.decode("ascii", "replace").upper()
         if code == "NOPERM":
             what = f"run {name}; ACL SETUSER ... +{name.lower()}"
-            if "key" in text.lower():
+            # The user's name comes before these words.
+            if "key" in text.partition(" to access ")[2]:
                 what = "read the mapping's keys; ACL SETUSER ... ~PATTERN"
-            return self._misfit(f"doesn't let this user {what}")
+            return RightMissing(
+                f"Redis at {self.address} doesn't let this user {what}, see docs/security.md"
+            )
         # What is said to AUTH may repeat the password.
         if name == "AUTH":
             return self._misfit("rejects the user or password of redis.url")

@@ -11,7 +11,7 @@ from typing import Any, Final
 import hiredis
 
 from balancesync.connection import Access, Address, Connection, connected, pack
-from balancesync.errors import ConfigError, RedisUnavailable, SourceChanged
+from balancesync.errors import ConfigError, RedisUnavailable, RightMissing, SourceChanged
 
 ALL_SLOTS: Final = 16_384
 
@@ -64,6 +64,38 @@ class Node:
             reason = "and its cluster shared out their slots anew"
         if reason:
             raise SourceChanged(f"Redis at {self.address} {reason} during the scan")
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who Redis is at a moment: its primaries, in the order of their addresses."""
+
+    nodes: tuple[Node, ...]
+
+    @property
+    def run_id(self) -> str:
+        """New whenever a server was started again; a cluster's are joined by commas."""
+        return ",".join(sorted(self.run_ids))
+
+    @property
+    def run_ids(self) -> set[str]:
+        """Each primary's."""
+        return {node.run_id for node in self.nodes}
+
+    @property
+    def server(self) -> str:
+        """Either redis or valkey."""
+        return self.nodes[0].server
+
+    @property
+    def version(self) -> str:
+        """The oldest of its primaries' versions."""
+        return min(self.nodes, key=lambda node: node.release).version
+
+    @property
+    def dbsize(self) -> int:
+        """The keys of all primaries, of every kind."""
+        return sum(node.dbsize for node in self.nodes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,8 +174,7 @@ async def describe(connection: Connection, *, clustered: bool) -> Node:
     _check_mode(address, info, clustered=clustered)
     if info.get("loading") == "1":
         raise connection.explain("LOADING", b"INFO")
-    if info.get("role") != "master":
-        raise RedisUnavailable(f"Redis at {address} is a replica; only a primary is read")
+    _check_role(address, info)
     stats = _parse_info(connection.check(replies[1], b"INFO"))
     nodes = connection.check(replies[4], b"CLUSTER|NODES") if clustered else b""
     slots, epoch, moving = _parse_nodes(nodes)
@@ -161,6 +192,16 @@ async def describe(connection: Connection, *, clustered: bool) -> Node:
         dbsize=connection.check(replies[3], b"DBSIZE"),
         info=info,
     )
+
+
+async def check_primary(connection: Connection) -> None:
+    """Ask whether it's a primary still: one that has become a replica answers on, from the past.
+
+    A fraction of what `describe` costs, and no right beyond it, as ROLE would be. Raises
+    RedisUnavailable.
+    """
+    info = _parse_info(await connection.call(b"INFO", b"replication"))
+    _check_role(connection.address, info)
 
 
 async def ask_cluster(nodes: list[Address], access: Access) -> Layout:
@@ -192,7 +233,7 @@ async def ask_sentinels(sentinels: list[Address], access: Access, service: str) 
             try:
                 async with connected(address, bare) as connection:
                     found = await connection.call(*command)
-            except ConfigError:
+            except (ConfigError, RightMissing):
                 if access.password is None:
                     raise
                 async with connected(address, replace(access, database=0)) as connection:
@@ -262,6 +303,11 @@ def _check_mode(address: Address, info: dict[str, str], *, clustered: bool) -> N
         raise ConfigError(f"Redis at {address} is a node of a cluster; set redis.cluster = true")
     if mode == "standalone" and clustered:
         raise ConfigError(f"Redis at {address} is no node of a cluster; set redis.cluster = false")
+
+
+def _check_role(address: Address, info: dict[str, str]) -> None:
+    if info.get("role") != "master":
+        raise RedisUnavailable(f"Redis at {address} is a replica; only a primary is read")
 
 
 def _parse_info(text: bytes) -> dict[str, str]:

@@ -17,11 +17,12 @@ from balancesync.database import Database, Steps
 from balancesync.errors import ConfigError, MappingFailed, Refused, RunFailed, TargetMismatch
 from balancesync.mapping import Mapping
 from balancesync.model import Refusal, Reject, Request, Run, exceeds
+from balancesync.nodes import Identity
 from balancesync.part import Part, reading_of
 from balancesync.records import Records, Remembered
 from balancesync.report import Report, describe, reread, spare_present
 from balancesync.session import Session
-from balancesync.source import Identity, Source
+from balancesync.source import Source
 from balancesync.target import Span, Writer
 from balancesync.values import show
 

@@ -6,8 +6,9 @@
 
 A scan that ends in good order has been answered by one server, or by one set of a cluster's
 primaries, from the first page to the last; anything else raises. Its connections are its own. All
-else shares one connection a primary, made when it's needed and thrown away when anything fails, so
-a Source can be made before Redis is up and outlives its restarts. Nothing is ever asked twice.
+else shares one connection a primary, made when it's needed. After anything that may pass, the next
+to ask gets new ones, and whoever is still using the old ones ends in peace; so a Source can be made
+before Redis is up and outlives its restarts. Nothing is ever asked twice.
 
 The rights it takes: SCAN, MGET (in a cluster GET), TYPE, EXISTS, PTTL, PING, and those that `nodes`
 names; for hashes HMGET, with `member` HSCAN and HEXISTS too. `connection` tells what each error
@@ -27,10 +28,12 @@ from balancesync.errors import RedisUnavailable, SourceChanged, Transient
 from balancesync.model import RawBatch, RawValue
 from balancesync.nodes import (
     Facts,
+    Identity,
     Layout,
     Node,
     ask_cluster,
     ask_sentinels,
+    check_primary,
     check_settled,
     describe,
     facts_of,
@@ -52,38 +55,6 @@ _SAMPLE_PAGES: Final = 100
 
 
 @dataclass(frozen=True, slots=True)
-class Identity:
-    """Who Redis is at a moment: its primaries, in the order of their addresses."""
-
-    nodes: tuple[Node, ...]
-
-    @property
-    def run_id(self) -> str:
-        """New whenever a server was started again; a cluster's are joined by commas."""
-        return ",".join(sorted(self.run_ids))
-
-    @property
-    def run_ids(self) -> set[str]:
-        """Each primary's."""
-        return {node.run_id for node in self.nodes}
-
-    @property
-    def server(self) -> str:
-        """Either redis or valkey."""
-        return self.nodes[0].server
-
-    @property
-    def version(self) -> str:
-        """The oldest of its primaries' versions."""
-        return min(self.nodes, key=lambda node: node.release).version
-
-    @property
-    def dbsize(self) -> int:
-        """The keys of all primaries, of every kind."""
-        return sum(node.dbsize for node in self.nodes)
-
-
-@dataclass(frozen=True, slots=True)
 class Sample:
     """Some keys with their values and milliseconds to live, None for a key that stays."""
 
@@ -97,10 +68,24 @@ class _Primary:
     node: Node
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, slots=True)
 class _Shared:
+    """Connections that all share; the last of their `users` closes them once they are `retired`."""
+
     layout: Layout
     primaries: dict[Address, _Primary]
+    users: int = 0
+    retired: bool = False
+
+    @property
+    def usable(self) -> bool:
+        """Whether each primary can still be asked."""
+        return all(primary.connection.usable for primary in self.primaries.values())
+
+    async def close(self) -> None:
+        """Close every connection, whoever uses it."""
+        for primary in self.primaries.values():
+            await primary.connection.close()
 
 
 class Source:
@@ -125,8 +110,8 @@ class Source:
     async def close(self) -> None:
         """Close the shared connections; a later call makes new ones."""
         shared, self._shared = self._shared, None
-        for primary in shared.primaries.values() if shared else ():
-            await primary.connection.close()
+        if shared is not None:
+            await shared.close()
 
     async def identity(self) -> Identity:
         """Who Redis is now."""
@@ -171,9 +156,8 @@ class Source:
                 found = await self._values(connection, reading).read([keys[at] for at in places])
                 for at, value in zip(places, found, strict=True):
                     values[at] = value
-                # A primary that has become a replica goes on answering, from the past.
-                await self._describe(connection)
-            await self._check_primary(shared.layout)
+                await check_primary(connection)
+            await self._check_layout(shared.layout)
         return RawBatch(keys, values, len(keys))
 
     async def exists(self, reading: Reading, keys: list[bytes]) -> list[bool]:
@@ -190,8 +174,8 @@ class Source:
                     replies = await connection.call_each(command, [keys[at] for at in piece])
                     for at, reply in zip(piece, replies, strict=True):
                         found[at] = await values.checked(reply, command[0]) > 0
-                await self._describe(connection)
-            await self._check_primary(shared.layout)
+                await check_primary(connection)
+            await self._check_layout(shared.layout)
         return found
 
     async def sample(self, reading: Reading, limit: int) -> Sample:
@@ -244,7 +228,7 @@ class Source:
                 for earlier, later in zip(before, after, strict=True):
                     earlier.check_same(later)
                 check_settled(after, whole=reading.member_key is None)
-                await self._check_primary(layout)
+                await self._check_layout(layout)
             except RedisUnavailable as error:
                 if any(primary.connection.lost for primary in primaries):
                     raise SourceChanged(f"{error} during the scan") from error
@@ -326,20 +310,32 @@ class Source:
 
     @asynccontextmanager
     async def _open(self) -> AsyncIterator[_Shared]:
-        """The shared connections, made now if need be; gone after anything that may pass."""
+        """The shared connections, made now if need be; nobody's next after what may pass."""
         async with self._opening:
+            if self._shared and not self._shared.usable:
+                await self._retire(self._shared)
+            if self._shared is None:
+                self._shared = await self._connect_shared()
             shared = self._shared
-            if shared and not all(p.connection.usable for p in shared.primaries.values()):
-                await self.close()
-                shared = None
-            if shared is None:
-                shared = self._shared = await self._connect_shared()
+        shared.users += 1
         try:
             yield shared
         except Transient:
-            if self._shared is shared:
-                await self.close()
+            # The primary may be another by now. Others may be in the middle of a question that
+            # this server still answers: what is broken for them, too, tells them by itself.
+            shared.retired = True
             raise
+        finally:
+            shared.users -= 1
+            if shared.retired:
+                await self._retire(shared)
+
+    async def _retire(self, shared: _Shared) -> None:
+        shared.retired = True
+        if self._shared is shared:
+            self._shared = None
+        if not shared.users:
+            await shared.close()
 
     async def _connect_shared(self) -> _Shared:
         async with AsyncExitStack() as stack:
@@ -353,7 +349,7 @@ class Source:
         stack.push_async_callback(connection.close)
         return _Primary(connection, await self._describe(connection))
 
-    async def _check_primary(self, layout: Layout) -> None:
+    async def _check_layout(self, layout: Layout) -> None:
         """Raise SourceChanged if the Sentinels name another primary than before.
 
         They make a primary that they have replaced a replica only ten seconds later.

@@ -10,11 +10,12 @@ from balancesync.config import Config
 from balancesync.database import Database
 from balancesync.errors import BalanceSyncError
 from balancesync.model import RawBatch, Request, Run
+from balancesync.nodes import Identity
 from balancesync.pipeline import Progress
 from balancesync.reading import Reading
 from balancesync.records import KeptReject, Records
 from balancesync.report import Report
-from balancesync.source import Identity, Source
+from balancesync.source import Source
 from balancesync.sync import Sync
 
 _CONFIG = TypeAdapter(Config)

@@ -33,9 +33,10 @@ from balancesync.errors import (
     Transient,
 )
 from balancesync.model import RawBatch
+from balancesync.nodes import Identity
 from balancesync.pipeline import Progress
 from balancesync.reading import Reading
-from balancesync.source import Identity, Source
+from balancesync.source import Source
 
 Make = Callable[..., Engine]
 

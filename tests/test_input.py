@@ -17,8 +17,9 @@ from redis.asyncio import Redis
 from balancesync.embedded import PostgresServer, RedisServer
 from balancesync.errors import ConfigError, RunFailed
 from balancesync.model import RawBatch
+from balancesync.nodes import Identity
 from balancesync.reading import Reading
-from balancesync.source import Identity, Source
+from balancesync.source import Source
 
 MakeEngine = Callable[..., Engine]
 Row = tuple[Any, ...]

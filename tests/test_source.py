@@ -1,5 +1,6 @@
 import asyncio
 import contextlib
+import re
 import shutil
 import ssl
 import subprocess
@@ -13,17 +14,25 @@ from urllib.parse import quote, urlsplit
 
 import pytest
 import redis as blocking
+from proxy import Proxy
 from pydantic import SecretStr
 from redis.asyncio import Redis
 
 from balancesync.config import RedisConfig
-from balancesync.connection import connect, parse
+from balancesync.connection import connect, connected, parse
 from balancesync.embedded import RedisServer
-from balancesync.errors import BalanceSyncError, ConfigError, RedisUnavailable, RunFailed
+from balancesync.errors import (
+    BalanceSyncError,
+    ConfigError,
+    RedisUnavailable,
+    RightMissing,
+    RunFailed,
+)
 from balancesync.errors import SourceChanged as Changed
 from balancesync.model import RawBatch, RawValue, WrongType
+from balancesync.nodes import Identity
 from balancesync.reading import LONGEST_VALUE, Reading, Strings
-from balancesync.source import Identity, Source
+from balancesync.source import Source
 
 BALANCES = Reading("string", match=b"balance:*")
 ACCOUNTS = Reading("hash", match=b"account:*", fields=(b"amount", b"currency", b"note"))
@@ -381,6 +390,34 @@ async def test_a_scan_may_take_longer_than_a_reply(redis_url: str, redis: Redis)
         assert loop.time() - start > 0.2
 
 
+async def test_one_failure_ends_no_others_question(private_redis: PrivateRedis) -> None:
+    server = private_redis()
+    async with Redis.from_url(server.url) as redis, Proxy(server.port) as proxy:
+        stored = await fill(redis, 1000)
+        url = f"redis://127.0.0.1:{proxy.port}/0"
+        async with source_of(url, scan_count=50) as source:
+            await source.identity()
+            held = proxy.hold(b"PTTL")
+            sampling = asyncio.create_task(source.sample(BALANCES, 1000))
+            async with asyncio.timeout(10):
+                await held.wait()
+            await redis.execute_command("REPLICAOF", "127.0.0.1", str(server.port + 1))  # type: ignore[no-untyped-call] # so it is in redis-py
+            asking = asyncio.create_task(source.identity())
+            proxy.resume()
+            with pytest.raises(RedisUnavailable, match="is a replica"):
+                await asking
+            assert not sampling.done()
+            sample = await sampling
+            assert set(sample.batch.keys) <= set(stored)
+            assert len(sample.ttls) >= 900
+            # The last to use a connection that was given up has closed it.
+            with pytest.raises(RedisUnavailable, match="is a replica"):
+                await source.fetch(BALANCES, [b"balance:1"])
+            async with asyncio.timeout(10):
+                while "balancesync" in [c["name"] for c in await redis.client_list()]:
+                    await redis.ping()
+
+
 async def test_a_loading_server(private_redis: PrivateRedis) -> None:
     server = private_redis({"save": "900 1", "rdbcompression": "no"})
     with blocking.Redis.from_url(server.url) as other:
@@ -429,16 +466,33 @@ async def test_the_documented_rights_are_enough(redis_url: str, redis: Redis) ->
             assert sum((await source.dbsize()).values()) == 302
             assert (await source.facts())[0].save is None
             assert await source.ping() > 0
-            with pytest.raises(ConfigError, match=r"its keys|~PATTERN"):
+            with pytest.raises(RightMissing, match=r"its keys|~PATTERN"):
                 await source.fetch(BALANCES, [b"other"])
             await set_user(redis, "-scan")
-            with pytest.raises(ConfigError, match=r"doesn't let this user run SCAN; .* \+scan"):
+            with pytest.raises(RightMissing, match=r"doesn't let this user run SCAN; .* \+scan"):
                 await read(source, BALANCES)
             await set_user(redis, "-info")
-            with pytest.raises(ConfigError, match=r"\+info"):
+            with pytest.raises(RightMissing, match=r"\+info.*docs/security.md"):
                 await source.identity()
     finally:
         await redis.acl_deluser("least")
+
+
+@pytest.mark.parametrize(
+    ("said", "right"),
+    [
+        ("NOPERM User keyring has no permissions to run the 'mget' command", r"\+mget"),
+        ("NOPERM this user has no permissions to run the 'mget' command or its sub", r"\+mget"),
+        ("NOPERM No permissions to access a key", "~PATTERN"),
+        ("NOPERM this user has no permissions to access one of the keys used as", "~PATTERN"),
+    ],
+)
+async def test_the_right_that_is_missing_is_named(redis_url: str, said: str, right: str) -> None:
+    address, access = parse(redis_url, timeout=5.0, clustered=False)
+    async with connected(address, access) as connection:
+        explained = connection.explain(said, b"MGET")
+    assert explained.exit_code == 2
+    assert re.search(right, str(explained))
 
 
 async def test_passwords(private_redis: PrivateRedis) -> None:
