@@ -16,10 +16,10 @@ import asyncio
 import hashlib
 import importlib.resources
 import re
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from functools import cache
-from typing import Final
+from typing import Any, Final, TypeVar
 from urllib.parse import urlsplit
 
 import asyncpg
@@ -38,6 +38,7 @@ from balancesync.errors import (
 
 Connection = asyncpg.Connection
 Pool = asyncpg.Pool
+T = TypeVar("T")
 
 # A dead client's or server's session must not keep its locks for the hours that TCP would take:
 # https://www.postgresql.org/docs/current/runtime-config-connection.html
@@ -52,6 +53,8 @@ _SESSION: Final = {
 }
 _SESSION_14: Final = {"client_connection_check_interval": "2s", "idle_session_timeout": "0"}
 _LOCK_POLL_S: Final = 0.1
+# One for the daemon's probes, one for a run whose statement takes long.
+_RESERVED: Final = 2
 # Seconds, thirty years of them: to the driver, None would mean the connection's own limit.
 NO_LIMIT: Final = 1e9
 # Another session held a lock, or changed a table in the middle of the run.
@@ -85,13 +88,19 @@ def lock_key(*parts: str) -> int:
 
 
 class Database:
-    """One PostgreSQL database: a pool for short statements, and sessions of one's own."""
+    """One PostgreSQL database: a pool for short statements, and sessions of one's own.
+
+    A second, small pool is reserved for asking whether the server lives: however busy the first is
+    kept, be it by clients of HTTP that wait for somebody's lock, that is no server's death.
+    """
 
     def __init__(self, config: PostgresConfig) -> None:
         self.config = config
         self.schema = quote(config.schema)
         self._pool: Pool | None = None
+        self._reserve: Pool | None = None
         self._opening = asyncio.Lock()
+        self._asking: set[asyncio.Future[Any]] = set()
 
     @property
     def address(self) -> str:
@@ -100,28 +109,75 @@ class Database:
         return parts.netloc.rpartition("@")[2] + parts.path
 
     async def close(self) -> None:
-        """Close the pool; sessions are closed by those who opened them."""
-        if self._pool is not None:
-            self._pool.terminate()
-            self._pool = None
+        """Close the pools; sessions are closed by those who opened them."""
+        for pool in (self._pool, self._reserve):
+            if pool is not None:
+                pool.terminate()
+        self._pool = self._reserve = None
 
     @asynccontextmanager
-    async def acquire(self) -> AsyncIterator[Connection]:
+    async def acquire(self, *, reserved: bool = False) -> AsyncIterator[Connection]:
         """Borrow a pooled connection for short statements; raises as the module's table says."""
         with self.translated():
             async with self._opening:
-                if self._pool is None:
-                    self._pool = await asyncpg.create_pool(
-                        self.config.dsn.get_secret_value(),
-                        min_size=0,
-                        max_size=self.config.pool_size,
-                        timeout=self.config.timeout,
-                        command_timeout=self.config.timeout,
-                        init=_prepare,
-                        reset=_end_transaction,
-                    )
-            async with self._pool.acquire(timeout=self.config.timeout) as connection:
+                if reserved:
+                    pool = self._reserve = self._reserve or await self._make_pool(_RESERVED)
+                else:
+                    pool = self._pool = self._pool or await self._make_pool(self.config.pool_size)
+            async with pool.acquire(timeout=self.config.timeout) as connection:
                 yield connection  # type: ignore[misc]  # a PoolConnectionProxy is one in all but name
+
+    async def _make_pool(self, size: int) -> Pool:
+        return await asyncpg.create_pool(
+            self.config.dsn.get_secret_value(),
+            min_size=0,
+            max_size=size,
+            timeout=self.config.timeout,
+            command_timeout=self.config.timeout,
+            init=_prepare,
+            reset=_end_transaction,
+        )
+
+    async def ask(
+        self,
+        question: Callable[[Connection], Awaitable[T]],
+        within_s: float,
+        *,
+        reserved: bool = False,
+    ) -> T:
+        """What `question` gives on a pooled connection, in `within_s` seconds at most.
+
+        Raises PostgresUnavailable when it's late, and what the module's table says.
+        """
+        return await self.within(within_s, self._ask(question, reserved=reserved))
+
+    async def _ask(self, question: Callable[[Connection], Awaitable[T]], *, reserved: bool) -> T:
+        with self.translated(last=True):
+            async with self.acquire(reserved=reserved) as connection:
+                return await question(connection)
+
+    async def within(self, seconds: float, work: Coroutine[Any, Any, T]) -> T:
+        """What `work` with this database gives; raises PostgresUnavailable when it's late.
+
+        Then it's cancelled, but not awaited: a hanging server doesn't even take back a question,
+        and the pool waits for that.
+        """
+        asking = asyncio.ensure_future(work)
+        self._asking.add(asking)
+        asking.add_done_callback(self._forget)
+        try:
+            done, _ = await asyncio.wait({asking}, timeout=seconds)
+        finally:
+            asking.cancel()
+        if not done:
+            where = f"PostgreSQL at {self.address}"
+            raise PostgresUnavailable(f"{where} didn't answer in {seconds:g} s")
+        return asking.result()
+
+    def _forget(self, asked: asyncio.Future[Any]) -> None:
+        self._asking.discard(asked)
+        if not asked.cancelled():
+            asked.exception()  # marks it as seen
 
     async def connect(self) -> Connection:
         """Open a session of one's own, in which locks and temporary tables live.

@@ -49,18 +49,17 @@ async def probe_redis(source: Source) -> Server:
 
 async def probe_postgres(database: Database) -> Server:
     """Ask PostgreSQL who it is."""
+
+    async def question(connection: Connection) -> Server:
+        begun = perf_counter()
+        version = await connection.fetchval("SHOW server_version")
+        latency_ms = round((perf_counter() - begun) * 1000, 3)
+        return Server(connected=True, version=version.split()[0], latency_ms=latency_ms)
+
     try:
-        async with asyncio.timeout(_PROBE_S), database.acquire() as connection:
-            begun = perf_counter()
-            version = await connection.fetchval("SHOW server_version")
-            latency_s = perf_counter() - begun
+        return await database.ask(question, _PROBE_S, reserved=True)
     except BalanceSyncError as error:
         return Server(connected=False, error=str(error))
-    except TimeoutError:
-        where = f"PostgreSQL at {database.address}"
-        return Server(connected=False, error=f"{where} didn't answer in {_PROBE_S:g} s")
-    number = version.split()[0]
-    return Server(connected=True, version=number, latency_ms=round(latency_s * 1000, 3))
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,12 +187,10 @@ async def health(config: Config, database: Database, source: Source) -> Document
     checks = server_checks(redis, postgres)
     if postgres.connected:
         try:
-            async with asyncio.timeout(_PROBE_S):
-                checks |= recorded_checks(config, await read(database))
+            recorded = await database.within(_PROBE_S, read(database))
+            checks |= recorded_checks(config, recorded)
         except BalanceSyncError as error:
             checks["schema"] = check("failed", str(error))
-        except TimeoutError:
-            checks["schema"] = check("failed", f"no answer in {_PROBE_S:g} s")
     return health_document(checks)
 
 

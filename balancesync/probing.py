@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Mapping as Dictionary
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any, Final
 
 import structlog
@@ -92,13 +93,11 @@ class Probing:
         try:
             while unrecorded and self._state.postgres.connected:
                 run = unrecorded[0]
-                async with asyncio.timeout(_ANSWER_S), self._database.acquire() as connection:
-                    with self._database.translated(last=True):
-                        await self._records.save(connection, run)
-                # The oldest may have made room for a newer one meanwhile.
-                if unrecorded[0] is run:
+                await self._database.ask(partial(self._records.save, run=run), _ANSWER_S)
+                # It may have made room for a newer one meanwhile, or been recorded by another call.
+                if unrecorded and unrecorded[0] is run:
                     unrecorded.popleft()
-        except (BalanceSyncError, TimeoutError) as error:
+        except BalanceSyncError as error:
             log.debug("a run could not be recorded yet", error=str(error))
 
     async def _refresh(self) -> None:
@@ -109,13 +108,11 @@ class Probing:
         self._refresh_at = now + _REFRESH_S
         try:
             if self._state.postgres.connected:
-                async with asyncio.timeout(_ANSWER_S), self._database.acquire() as connection:
-                    # Before the first leader, and for whoever may not make it, there's no schema.
-                    with self._database.translated(last=True):
-                        self._metrics.remember(await self._records.known(connection))
+                # Before the first leader, and for whoever may not make it, there's no schema.
+                self._metrics.remember(await self._database.ask(self._records.known, _ANSWER_S))
             if self._state.redis.connected:
                 await self._ask_redis()
-        except (BalanceSyncError, TimeoutError) as error:
+        except BalanceSyncError as error:
             log.debug("the metrics could not be refreshed", error=str(error))
 
     async def _ask_redis(self) -> None:

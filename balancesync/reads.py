@@ -30,24 +30,10 @@ class Reads:
         """What `question` gives; raises what `database` lists, within five seconds at most."""
         if not self._state.postgres.connected:
             raise PostgresUnavailable(self._state.postgres.error)
-        asking = asyncio.create_task(self._ask(question))
-        # Not awaited when it's late: a hanging server doesn't even take back a question.
-        asking.add_done_callback(_settle)
-        try:
-            done, _ = await asyncio.wait({asking}, timeout=_WAIT_S)
-        finally:
-            asking.cancel()
-        if not done:
-            where = f"PostgreSQL at {self._database.address}"
-            raise PostgresUnavailable(f"{where} didn't answer in {_WAIT_S:g} s")
-        return asking.result()
+        return await self._database.within(_WAIT_S, self._ask(question))
 
     async def _ask(self, question: Callable[[Records, Connection], Awaitable[T]]) -> T:
-        async with self._room, self._database.acquire() as connection:
-            await Steps(self._database).check(connection)
-            return await question(self._records, connection)
-
-
-def _settle(asked: asyncio.Future[T]) -> None:
-    if not asked.cancelled():
-        asked.exception()  # marks it as seen
+        with self._database.translated(last=True):
+            async with self._room, self._database.acquire() as connection:
+                await Steps(self._database).check(connection)
+                return await question(self._records, connection)

@@ -136,8 +136,14 @@ class Session:
 
     async def _prove_alive(self, task: asyncio.Future[Any]) -> None:
         pid = self.connection.get_server_pid()
-        async with asyncio.timeout(self.database.config.timeout), self.database.acquire() as probe:
-            state = await probe.fetchval("SELECT state FROM pg_stat_activity WHERE pid = $1", pid)
+
+        async def question(probe: Connection) -> str | None:
+            found: str | None = await probe.fetchval(
+                "SELECT state FROM pg_stat_activity WHERE pid = $1", pid
+            )
+            return found
+
+        state = await self.database.ask(question, self.database.config.timeout, reserved=True)
         if state == "active":
             return
         await asyncio.wait({task}, timeout=_REPLY_S)

@@ -1,9 +1,16 @@
-"""Pooled connections: what they bring along each time they are borrowed."""
+"""Pooled connections: what they bring along each time they are borrowed, and who may have them."""
 
+import asyncio
+from collections.abc import Callable
+
+import pytest
 from pydantic import SecretStr
 
+from balancesync import overview
 from balancesync.config import PostgresConfig
-from balancesync.database import Database
+from balancesync.database import NO_LIMIT, Database
+from balancesync.embedded import PostgresServer
+from balancesync.session import Session
 
 
 async def test_a_pooled_connection_keeps_its_settings(postgres_dsn: str) -> None:
@@ -26,5 +33,43 @@ async def test_a_transaction_left_open_is_rolled_back(postgres_dsn: str) -> None
         async with database.acquire() as connection:
             assert not connection.is_in_transaction()
             assert await connection.fetchval("SELECT to_regclass('left_open')") is None
+    finally:
+        await database.close()
+
+
+async def test_a_server_that_hangs_is_told_in_time(
+    private_postgres: Callable[..., PostgresServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(overview, "_PROBE_S", 0.3)
+    server = private_postgres()
+    database = Database(PostgresConfig(dsn=SecretStr(server.dsn)))
+    try:
+        assert (await overview.probe_postgres(database)).connected
+        server.suspend()
+        # The pool takes its connection back only when the server has confirmed that it gave up.
+        for _ in range(4):
+            async with asyncio.timeout(1.5):
+                found = await overview.probe_postgres(database)
+            assert "didn't answer in 0.3 s" in (found.error or "")
+        server.resume()
+        async with asyncio.timeout(10):
+            while not (await overview.probe_postgres(database)).connected:
+                pass
+    finally:
+        server.resume()
+        await database.close()
+
+
+async def test_a_pool_that_is_used_up_is_no_dead_server(postgres_dsn: str) -> None:
+    database = Database(PostgresConfig(dsn=SecretStr(postgres_dsn), pool_size=1, timeout=0.5))
+    alive = asyncio.Event()
+    try:
+        async with database.acquire():
+            assert (await overview.probe_postgres(database)).connected
+            session = await Session.open(database, alive.set)
+            sleep = session.connection.execute("SELECT pg_sleep(1.2)", timeout=NO_LIMIT)
+            await session.watch(sleep)
+            assert alive.is_set()
+            await session.close()
     finally:
         await database.close()
