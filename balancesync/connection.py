@@ -200,12 +200,14 @@ class Connection(asyncio.Protocol):
     def __init__(self, address: Address, access: Access, loop: asyncio.AbstractEventLoop) -> None:
         self.address = address
         self.lost = False
+        # Gets what a channel that this connection is subscribed to brings.
+        self.on_message: Callable[[Any], None] | None = None
         self._access = access
         self._loop = loop
         self._reader = hiredis.Reader(notEnoughData=_MORE)
         self._waiting: deque[tuple[asyncio.Future[Any], int, list[Any]]] = deque()
         self._transport: asyncio.Transport | None = None
-        self._ended = loop.create_future()
+        self._ended: asyncio.Future[None] = loop.create_future()
         self._failure: BalanceSyncError | None = None
         self._unsent: deque[bytes] = deque()
         self._window = 1
@@ -217,6 +219,11 @@ class Connection(asyncio.Protocol):
     def usable(self) -> bool:
         """Whether a command can still be sent."""
         return self._failure is None and self._transport is not None
+
+    @property
+    def ended(self) -> asyncio.Future[None]:
+        """Done when the connection has ended, for whatever reason."""
+        return self._ended
 
     def send(self, packed: bytes, replies: int | None = None) -> asyncio.Future[Any]:
         """Send commands without waiting; the future gives the one reply, or a list of `replies`.
@@ -336,6 +343,9 @@ class Connection(asyncio.Protocol):
         try:
             self._reader.feed(data)
             while (reply := self._reader.gets()) is not _MORE:
+                if self.on_message and type(reply) is list and reply[0] == b"message":
+                    self.on_message(reply[2])
+                    continue
                 if not waiting:
                     self._abort(self.explain(str(reply), b"the connection"))
                     return

@@ -10,6 +10,7 @@
     ├── LockHeld                    75
     ├── Transient                    1   a later attempt may succeed
     │   ├── SourceChanged            1
+    │   ├── Gap                      1
     │   └── Unavailable             75
     │       ├── RedisUnavailable    75
     │       ├── PostgresUnavailable 75
@@ -85,6 +86,10 @@ class Transient(BalanceSyncError):
 
 class SourceChanged(Transient):
     """Redis restarted or changed its role or database during the scan, so the scan is no whole."""
+
+
+class Gap(Transient):
+    """A change in Redis may have been missed by live mode; a full run makes up for it."""
 
 
 class Unavailable(Transient):

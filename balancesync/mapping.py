@@ -68,6 +68,11 @@ class Mapping:
         return self.config.template.literals[0].encode() if self.config.member else None
 
     @property
+    def prefix(self) -> bytes:
+        """What every key begins with; with `member` it's that one key."""
+        return self.config.template.literals[0].encode()
+
+    @property
     def redis_fields(self) -> list[bytes]:
         """The fields that HMGET asks for, in the order of the value columns; [] if not a hash."""
         if self.config.type != "hash" or self.config.member:
@@ -94,6 +99,12 @@ class Mapping:
             return fields
         texts = self._form.split(key)
         return texts if isinstance(texts, Unfit) else tuple(text.decode() for text in texts)
+
+    def key_rows(self, keys: list[bytes]) -> tuple[bytes, int]:
+        """COPY lines of the key columns of `keys`, without those that name no row; how many."""
+        found = [self._form.read(key) for key in keys]
+        lines = [b"\t".join(fields) + b"\n" for fields in found if not isinstance(fields, Unfit)]
+        return b"".join(lines), len(lines)
 
     def print_key(self, texts: Sequence[str]) -> bytes:
         """Make the key (the field, with `member`) of these canonical texts of the key columns.

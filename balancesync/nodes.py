@@ -97,6 +97,14 @@ class Identity:
         """The keys of all primaries, of every kind."""
         return sum(node.dbsize for node in self.nodes)
 
+    def check(self, node: Node) -> None:
+        """Raise SourceChanged unless `node` is one of these primaries, untouched since."""
+        for earlier in self.nodes:
+            if earlier.run_id == node.run_id:
+                # Whichever connection it was asked over.
+                return replace(earlier, client=node.client).check_same(node)
+        raise SourceChanged(f"Redis at {node.address} was restarted or replaced")
+
 
 @dataclass(frozen=True, slots=True)
 class Layout:

@@ -1,14 +1,36 @@
 """One mapping's part of an attempt: what was read of it, what differs, what that comes to."""
 
+from collections.abc import Callable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field, replace
+from typing import Final
+
+import structlog
 
 from balancesync.apply import Applied
 from balancesync.config import GuardConfig
 from balancesync.mapping import Mapping
-from balancesync.model import Baseline, Counts, Observed, Refusal, guard
+from balancesync.model import Baseline, Counts, Observed, Refusal, Reject, guard
+from balancesync.nodes import Identity
 from balancesync.reading import Reading
 from balancesync.records import Remembered
+from balancesync.source import Source
 from balancesync.target import Diff, Writer
+from balancesync.values import show
+
+_LOGGED_REJECTS: Final = 100
+
+log = structlog.get_logger("balancesync")
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far a run is, in keys or rows. `total` is an estimate, None while there's none."""
+
+    phase: str
+    mapping: str = ""
+    done: int = 0
+    total: int | None = None
 
 
 @dataclass(slots=True)
@@ -98,3 +120,46 @@ def reading_of(mapping: Mapping) -> Reading:
         member_key=mapping.member_key,
         select=mapping.select,
     )
+
+
+class RejectLog:
+    """Logs the first rejects of a run; of the others only that they are kept."""
+
+    def __init__(self) -> None:
+        self._logged = 0
+
+    def take(self, mapping: str, rejects: Sequence[Reject]) -> None:
+        """Log these, by key and reason."""
+        for reject in rejects:
+            self._logged += 1
+            write = log.warning if self._logged <= _LOGGED_REJECTS else log.debug
+            write("reject", mapping=mapping, key=show(reject.key), reason=reject.reason)
+            if self._logged == _LOGGED_REJECTS:
+                log.warning("more rejects are kept, not logged; see `balancesync rejects`")
+
+
+async def scan(
+    part: Part,
+    source: Source,
+    identity: Identity,
+    rejects: RejectLog,
+    on_progress: Callable[[Progress], None],
+) -> None:
+    """Read all of a mapping's keys from `identity`, and stage them."""
+    mapping, read = part.mapping, part.read
+    total = None if mapping.config.member else identity.dbsize
+    progress = Progress("scan", mapping.name, 0, total)
+    async with aclosing(source.scan(part.reading, identity=identity)) as batches:
+        async for raw in batches:
+            batch = mapping.parse(raw)
+            if batch.rejects and len(set(raw.keys)) < len(raw.keys):
+                # A batch's rejects are staged behind its rows, though read before them.
+                batch = mapping.parse(raw.latest())
+            read.scanned += raw.scanned
+            read.ignored += raw.scanned - len(raw.keys)
+            read.vanished += batch.vanished
+            read.snapped += batch.snapped
+            await part.writer.stage(batch)
+            rejects.take(mapping.name, batch.rejects)
+            progress.done = read.scanned
+            on_progress(progress)

@@ -4,11 +4,6 @@ Dry run and verify are the same attempt stopped after diff.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import aclosing
-from dataclasses import dataclass
-from typing import Final
-
-import structlog
 
 from balancesync import table as tables
 from balancesync.apply import Applied, Applier
@@ -16,29 +11,13 @@ from balancesync.config import Config
 from balancesync.database import Database, Steps
 from balancesync.errors import ConfigError, MappingFailed, Refused, RunFailed, TargetMismatch
 from balancesync.mapping import Mapping
-from balancesync.model import Refusal, Reject, Request, Run, exceeds
-from balancesync.nodes import Identity
-from balancesync.part import Part, reading_of
+from balancesync.model import Refusal, Request, Run, exceeds
+from balancesync.part import Part, Progress, RejectLog, reading_of, scan
 from balancesync.records import Records, Remembered
 from balancesync.report import Report, describe, reread, spare_present
 from balancesync.session import Session
 from balancesync.source import Source
 from balancesync.target import Span, Writer
-from balancesync.values import show
-
-_LOGGED_REJECTS: Final = 100
-
-log = structlog.get_logger("balancesync")
-
-
-@dataclass(slots=True)
-class Progress:
-    """How far a run is, in keys or rows. `total` is an estimate, None while there's none."""
-
-    phase: str
-    mapping: str = ""
-    done: int = 0
-    total: int | None = None
 
 
 class Pipeline:
@@ -73,7 +52,7 @@ class Pipeline:
         self._on_alive = on_alive
         self._records = Records(database)
         self._steps = Steps(database)
-        self._logged_rejects = 0
+        self._rejects = RejectLog()
         self._failures: list[str] = []
         self._sizes: dict[str, int] = {}
         self._at = run.started_at
@@ -110,7 +89,7 @@ class Pipeline:
         self.has_read = True
         for part in list(parts):
             try:
-                await self._scan(part, identity)
+                await scan(part, self._source, identity, self._rejects, self._on_progress)
             except MappingFailed as error:
                 self._failures.append(f'mapping "{part.mapping.name}": {error}')
                 parts.remove(part)
@@ -197,26 +176,6 @@ class Pipeline:
                 "Redis was restarted or replaced since the last run (its run_id is another):"
                 " its values may have gone back in time"
             )
-
-    async def _scan(self, part: Part, identity: Identity) -> None:
-        mapping, read = part.mapping, part.read
-        total = None if mapping.config.member else identity.dbsize
-        progress = Progress("scan", mapping.name, 0, total)
-        async with aclosing(self._source.scan(part.reading, identity=identity)) as batches:
-            async for raw in batches:
-                batch = mapping.parse(raw)
-                if batch.rejects and len(set(raw.keys)) < len(raw.keys):
-                    # A batch's rejects are staged behind its rows, though read before them.
-                    batch = mapping.parse(raw.latest())
-                read.scanned += raw.scanned
-                read.ignored += raw.scanned - len(raw.keys)
-                read.vanished += batch.vanished
-                read.snapped += batch.snapped
-                await part.writer.stage(batch)
-                if batch.rejects:
-                    self._log_rejects(mapping.name, batch.rejects)
-                progress.done = read.scanned
-                self._on_progress(progress)
 
     async def _judge(self, session: Session, parts: Sequence[Part]) -> None:
         """Ask the guard about every mapping; raises Refused unless losses are accepted."""
@@ -356,11 +315,3 @@ class Pipeline:
         # A run may be attempted several times, and then meet the same thing again.
         if warning not in self._run.warnings:
             self._run.warnings.append(warning)
-
-    def _log_rejects(self, mapping: str, rejects: Sequence[Reject]) -> None:
-        for reject in rejects:
-            self._logged_rejects += 1
-            write = log.warning if self._logged_rejects <= _LOGGED_REJECTS else log.debug
-            write("reject", mapping=mapping, key=show(reject.key), reason=reject.reason)
-            if self._logged_rejects == _LOGGED_REJECTS:
-                log.warning("more rejects are kept, not logged; see `balancesync rejects`")

@@ -19,7 +19,7 @@ from rich.progress import (
 from rich.progress import Progress as Bars
 from rich.text import Text
 
-from balancesync.pipeline import Progress
+from balancesync.part import Progress
 
 Follow = Callable[[Progress], None]
 

@@ -14,7 +14,7 @@ from balancesync.config import Config
 from balancesync.database import Database
 from balancesync.documents import Document, run_document
 from balancesync.model import Request, Run, new_run
-from balancesync.pipeline import Progress
+from balancesync.part import Progress
 from balancesync.report import Report
 from balancesync.source import Source
 from balancesync.sync import Sync

@@ -11,7 +11,15 @@ from typing import Any, Final, TypeVar
 
 import asyncpg
 
-from balancesync.database import NO_LIMIT, Connection, Database, load_sql, lock_key, take_lock
+from balancesync.database import (
+    NO_LIMIT,
+    Connection,
+    Database,
+    load_sql,
+    lock_key,
+    take_lock,
+    yield_lock,
+)
 from balancesync.errors import PostgresUnavailable
 
 T = TypeVar("T")
@@ -87,8 +95,26 @@ class Session:
         `while_waiting` is called many times a second; what it raises ends the wait.
         """
         with self.database.translated():
-            key = lock_key("writer", self.database.config.schema)
-            await take_lock(self.connection, key, wait_s, while_waiting)
+            key, wanted = self._writer_locks
+            await take_lock(self.connection, key, wait_s, while_waiting, wanted)
+
+    async def yield_writer(self) -> bool:
+        """Take the writer's lock if it's free and nobody waits for it.
+
+        For live mode, which asks four times a second: it would leave nobody else a chance.
+        """
+        with self.database.translated():
+            return await yield_lock(self.connection, *self._writer_locks)
+
+    async def unlock_writer(self) -> None:
+        """Give the writer's lock back and keep the session."""
+        with self.database.translated():
+            await self.connection.execute("SELECT pg_advisory_unlock($1)", self._writer_locks[0])
+
+    @property
+    def _writer_locks(self) -> tuple[int, int]:
+        schema = self.database.config.schema
+        return lock_key("writer", schema), lock_key("writer wanted", schema)
 
     async def clock(self) -> datetime:
         """PostgreSQL's time."""

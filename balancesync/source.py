@@ -24,7 +24,7 @@ from typing import Final, Self
 
 from balancesync.config import RedisConfig
 from balancesync.connection import Address, Connection, connect, parse
-from balancesync.errors import RedisUnavailable, SourceChanged, Transient
+from balancesync.errors import ConfigError, RedisUnavailable, SourceChanged, Transient
 from balancesync.model import RawBatch, RawValue
 from balancesync.nodes import (
     Facts,
@@ -143,10 +143,13 @@ class Source:
             connections = [primary.connection for primary in shared.primaries.values()]
             return tuple([await facts_of(c, await self._describe(c)) for c in connections])
 
-    async def fetch(self, reading: Reading, keys: list[bytes]) -> RawBatch:
+    async def fetch(
+        self, reading: Reading, keys: list[bytes], *, identity: Identity | None = None
+    ) -> RawBatch:
         """Read `keys` (with `member_key`, fields) again, all in one batch; `select` isn't asked.
 
-        Raises RunFailed if `member_key` holds another type, SourceChanged if slots moved.
+        Raises RunFailed if `member_key` holds another type, SourceChanged if slots moved, or if
+        anyone but `identity` has answered.
         """
         values: list[RawValue] = [None] * len(keys)
         big = reading.member_key
@@ -156,7 +159,10 @@ class Source:
                 found = await self._values(connection, reading).read([keys[at] for at in places])
                 for at, value in zip(places, found, strict=True):
                     values[at] = value
-                await check_primary(connection)
+                if identity:
+                    identity.check(await self._describe(connection))
+                else:
+                    await check_primary(connection)
             await self._check_layout(shared.layout)
         return RawBatch(keys, values, len(keys))
 
@@ -190,6 +196,26 @@ class Source:
                 await self._sample(shared.primaries[address].connection, reading, limit, sample)
         del sample.batch.keys[limit:], sample.batch.values[limit:], sample.ttls[limit:]
         return sample
+
+    async def open_own(self) -> tuple[Connection, Identity]:
+        """A connection of the caller's own to the one primary, and who that is.
+
+        Raises ConfigError: a cluster has several.
+        """
+        if self._config.cluster:
+            raise ConfigError("live mode isn't available for a cluster yet (redis.cluster = true)")
+        layout = await self._locate()
+        connection = await connect(layout.addresses[0], self._access)
+        try:
+            return connection, Identity((await self._describe(connection),))
+        except BaseException:
+            await connection.close()
+            raise
+
+    async def check_own(self, connection: Connection, identity: Identity) -> None:
+        """Raise SourceChanged unless that connection still leads to the same, untouched primary."""
+        identity.check(await self._describe(connection))
+        await self._check_layout(Layout((connection.address,)))
 
     async def scan(
         self, reading: Reading, *, identity: Identity | None = None

@@ -8,7 +8,7 @@ from balancesync.config import MappingConfig
 from balancesync.database import load_sql, quote
 from balancesync.table import Table
 
-_BLOCKS: Final = load_sql("target")
+_BLOCKS: Final = load_sql("target") | load_sql("keyed")
 # COPY into numeric(20,2) rounds 1.505 in silence: numbers are staged as they came.
 _STAGED: Final = {"numeric": "numeric", "varchar": "text"}
 

@@ -23,7 +23,8 @@ from balancesync.errors import (
     Unavailable,
 )
 from balancesync.model import Request, Run, Status, new_run
-from balancesync.pipeline import Pipeline, Progress
+from balancesync.part import Progress
+from balancesync.pipeline import Pipeline
 from balancesync.records import Records
 from balancesync.report import Report
 from balancesync.source import Source

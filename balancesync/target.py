@@ -21,6 +21,8 @@ _INDEX_RATIO: Final = 4
 # A few hundred sampled rows tell the planner what it must know; 30,000 cost a tenth of a second.
 _STATISTICS_TARGET: Final = 1
 _STAGE_BYTES: Final = 1 << 20
+# Dead rows of the temporary tables: from here on, reading over them costs more than a VACUUM.
+VACUUM_ROWS: Final = 20_000
 # A reject is kept to be looked at: more of its value would only fill the table.
 _KEPT_VALUE_BYTES: Final = 65_536
 
@@ -96,6 +98,7 @@ class Writer:
         self._rejected = 0
         self._rejected_rows = 0
         self._indexed = False
+        self._dead = 0
 
     async def _execute(self, sql: str, *arguments: object) -> int:
         status: str = await self._session.watch(
@@ -132,12 +135,12 @@ class Writer:
             lines, self._pending, self._pending_bytes = b"".join(self._pending), [], 0
             await self._copy(lines, [*self._keys, *self._values])
 
-    async def _copy(self, lines: bytes, columns: Sequence[str]) -> None:
+    async def _copy(self, lines: bytes, columns: Sequence[str], *, table: str = "") -> None:
         # The driver takes bytes for the path of a file, and reads a file in a thread.
         data = cast(BinaryIO, memoryview(lines))
         await self._session.watch(
             self._session.connection.copy_to_table(
-                self._staging,
+                table or self._staging,
                 schema_name="pg_temp",
                 source=data,
                 columns=columns,
@@ -294,3 +297,16 @@ class Writer:
         """The first row of the diff behind number `after`: key columns, new values as staged."""
         row = (await self._fetch(self._sql["row"], op.encode(), after))[0]
         return tuple(row[name] for name in self._keys), tuple(row[name] for name in self._values)
+
+    async def clear(self) -> None:
+        """Forget what was staged and what differed, for a session that goes on.
+
+        By DELETE: to create or truncate tables several times a second would bloat the catalogs.
+        What it leaves behind autovacuum never sees in a temporary table, so it's vacuumed here.
+        """
+        self._dead += await self._execute(self._sql["empty_staging"])
+        self._dead += await self._execute(self._sql["empty_diff"])
+        self._staged = self._rejected = self._rejected_rows = 0
+        if self._dead > VACUUM_ROWS:
+            self._dead = 0
+            await self._execute(self._sql["vacuum"])

@@ -21,7 +21,7 @@ from balancesync.config import Config, LogConfig, MappingConfig, PostgresConfig,
 from balancesync.database import Database
 from balancesync.errors import BalanceSyncError
 from balancesync.model import Request
-from balancesync.pipeline import Progress
+from balancesync.part import Progress
 from balancesync.source import Source
 from balancesync.sync import Sync
 from benchmarks import client, reads, writes

@@ -11,7 +11,7 @@ from balancesync.database import Database
 from balancesync.errors import BalanceSyncError
 from balancesync.model import RawBatch, Request, Run
 from balancesync.nodes import Identity
-from balancesync.pipeline import Progress
+from balancesync.part import Progress
 from balancesync.reading import Reading
 from balancesync.records import KeptReject, Records
 from balancesync.report import Report

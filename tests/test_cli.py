@@ -21,7 +21,7 @@ from balancesync import cli, progress
 from balancesync.database import lock_key
 from balancesync.embedded import RedisServer
 from balancesync.errors import EmbeddedError
-from balancesync.pipeline import Progress
+from balancesync.part import Progress
 
 COMMANDS = ["sync", "verify", "rejects", "runs", "status", "stats", "health", "check", "init"]
 RUN_FIELDS = [

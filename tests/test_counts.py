@@ -10,7 +10,7 @@ from redis.asyncio import Redis
 
 from balancesync.errors import ConfigError, RunFailed, SourceChanged, TargetMismatch
 from balancesync.model import Counts, Run
-from balancesync.pipeline import Progress
+from balancesync.part import Progress
 
 MakeEngine = Callable[..., Engine]
 

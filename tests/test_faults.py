@@ -34,7 +34,7 @@ from balancesync.errors import (
 )
 from balancesync.model import RawBatch
 from balancesync.nodes import Identity
-from balancesync.pipeline import Progress
+from balancesync.part import Progress
 from balancesync.reading import Reading
 from balancesync.source import Source
 

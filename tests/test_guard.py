@@ -17,7 +17,7 @@ from redis.asyncio import Redis
 from balancesync.embedded import RedisServer
 from balancesync.errors import Refused
 from balancesync.model import Baseline, Observed, Refusal, guard
-from balancesync.pipeline import Progress
+from balancesync.part import Progress
 
 Make = Callable[..., Engine]
 

@@ -16,7 +16,7 @@ from redis.asyncio import Redis
 from balancesync.database import Database, Steps, lock_key
 from balancesync.errors import LockHeld, SchemaMissing, SchemaTooNew, TargetMismatch
 from balancesync.model import Request, Run
-from balancesync.pipeline import Progress
+from balancesync.part import Progress
 from balancesync.sync import Sync
 
 Make = Callable[..., Engine]

@@ -9,7 +9,7 @@ from engine import Engine
 from redis.asyncio import Redis
 
 from balancesync.errors import RunFailed
-from balancesync.pipeline import Progress
+from balancesync.part import Progress
 
 MakeEngine = Callable[..., Engine]
 COLUMNS = "user_id bigint PRIMARY KEY, balance numeric(20,2), synced_at timestamptz"

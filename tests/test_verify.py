@@ -11,7 +11,7 @@ from redis.asyncio import Redis
 
 from balancesync.errors import TargetMismatch
 from balancesync.model import Run
-from balancesync.pipeline import Progress
+from balancesync.part import Progress
 
 Make = Callable[..., Engine]
 

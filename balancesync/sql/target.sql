@@ -85,6 +85,15 @@ SELECT {key_texts}, {raw_texts} FROM {diff} WHERE op = $1::"char" AND n > $2 ORD
 -- name: forget
 DELETE FROM {diff} WHERE n = ANY($1::bigint[]);
 
+-- name: empty_staging
+DELETE FROM {staging};
+
+-- name: empty_diff
+DELETE FROM {diff};
+
+-- name: vacuum
+VACUUM {staging}, {diff};
+
 -- name: insert
 INSERT INTO {target} ({columns}{comma_synced_at})
 SELECT {keys}, {values}{comma_now} FROM {diff} WHERE n > $1 AND n <= $2 AND op = 'i' ORDER BY n;

@@ -1,0 +1,168 @@
+"""Redis tells us which keys change: CLIENT TRACKING in broadcast mode, over two connections.
+
+One asks for tracking and names the other as the place to tell it. That one is subscribed to
+`__redis__:invalidate` and so counts as a subscriber, whom Redis cuts off when he reads too slowly
+(client-output-buffer-limit pubsub); told over RESP3, a stopped daemon would fill Redis instead.
+
+What is told is a hint to read the key: keys of other databases are told, too, and a key that
+changes a thousand times between two looks is told once. FLUSHALL and FLUSHDB tell nothing but that
+they happened, SWAPDB not even that. What is never told twice is lost with the connection: whatever
+happens to either, and whatever else could have hidden a change, is a gap.
+
+The rights it takes beside those of `source`: CLIENT ID, CLIENT TRACKING, SUBSCRIBE and the channel.
+https://redis.io/docs/latest/develop/reference/client-side-caching/ ("Two connections mode")
+"""
+
+import asyncio
+from collections.abc import Iterable
+from contextlib import AsyncExitStack
+from typing import Any, Final
+
+import hiredis
+
+from balancesync.connection import Connection, pack
+from balancesync.errors import BalanceSyncError, ConfigError, Gap
+from balancesync.nodes import Identity
+from balancesync.source import Source
+
+_CHANNEL: Final = b"__redis__:invalidate"
+_PROVE_S: Final = 1.0
+# A SWAPDB, or a primary that the Sentinels have replaced, is noticed by asking alone.
+_DESCRIBE_EVERY: Final = 5
+
+
+def disjoint(prefixes: Iterable[bytes]) -> list[bytes]:
+    """The prefixes that cover all others: Redis refuses those that overlap.
+
+    >>> disjoint([b"balance:", b"b", b"user:", b"balance:eur:"])
+    [b'b', b'user:']
+    """
+    found: list[bytes] = []
+    for prefix in sorted(set(prefixes)):
+        if not found or not prefix.startswith(found[-1]):
+            found.append(prefix)
+    return found
+
+
+class Tracking:
+    """The keys that change from `open` on, until there is a `gap`.
+
+    `gap` says why changes may have been missed; None: none was. `changed` are the keys since
+    `take`, and `stirred` is set when there is one, or a gap. `identity` is who tells.
+    """
+
+    def __init__(self, source: Source, hearing: Connection, asking: Connection) -> None:
+        """Made by `open`."""
+        self.gap: str | None = None
+        self.stirred = asyncio.Event()
+        self.changed: set[bytes] = set()
+        self.identity: Identity
+        self._source = source
+        self._hearing = hearing
+        self._asking = asking
+
+    @classmethod
+    async def open(cls, source: Source, prefixes: Iterable[bytes]) -> "Tracking":
+        """Have the keys with these prefixes told from now on.
+
+        Raises RedisUnavailable, SourceChanged, or ConfigError: the server or its ACL won't do it.
+        """
+        async with AsyncExitStack() as stack:
+            hearing, identity = await source.open_own()
+            stack.push_async_callback(hearing.close)
+            asking, again = await source.open_own()
+            stack.push_async_callback(asking.close)
+            identity.check(again.nodes[0])
+            tracking = cls(source, hearing, asking)
+            # Before it tells anything, and by the connection that goes on being asked.
+            tracking.identity = again
+            await tracking._begin(disjoint(prefixes))
+            stack.pop_all()
+        return tracking
+
+    async def _begin(self, prefixes: list[bytes]) -> None:
+        number = self._checked(await self._hearing.send(pack((b"CLIENT", b"ID"))), b"CLIENT|ID")
+        self._hearing.on_message = self._hear
+        said = await self._hearing.send(pack((b"SUBSCRIBE", _CHANNEL)))
+        if isinstance(said, hiredis.ReplyError) and "channel" in str(said):
+            raise ConfigError(
+                f"Redis at {self._hearing.address} doesn't let this user hear of changes;"
+                f" ACL SETUSER ... &{_CHANNEL.decode()}"
+            )
+        self._checked(said, b"SUBSCRIBE")
+        words = [b"CLIENT", b"TRACKING", b"ON", b"REDIRECT", str(number).encode(), b"BCAST"]
+        # Without a prefix, or with the empty one, it's all keys.
+        for prefix in prefixes:
+            words += [b"PREFIX", prefix] if prefix else []
+        self._checked(await self._asking.send(pack(tuple(words))), b"CLIENT|TRACKING")
+        lost = f"the connection to Redis at {self._asking.address} was lost"
+        for connection in (self._hearing, self._asking):
+            connection.ended.add_done_callback(lambda _: self._miss(lost))
+
+    def _checked(self, reply: Any, command: bytes) -> Any:
+        if isinstance(reply, hiredis.ReplyError):
+            text = str(reply)
+            if text.startswith("ERR"):
+                raise ConfigError(
+                    f"Redis at {self._asking.address} doesn't tell of changes: it answers"
+                    f" {command.decode().replace('|', ' ')} with: {text}"
+                )
+            raise self._asking.explain(text, command)
+        return reply
+
+    def take(self) -> set[bytes]:
+        """The keys told since the last time; the caller's own from then on."""
+        taken, self.changed = self.changed, set()
+        if self.gap is None:
+            self.stirred.clear()
+        return taken
+
+    async def settle(self) -> None:
+        """Wait until all is told that was changed before now; raises Gap.
+
+        What a change's own client has its answer to, was told before: both go out at the end of
+        the same turn of Redis' event loop.
+        """
+        await self._ask(self._hearing)
+        if self.gap is not None:
+            raise Gap(self.gap)
+
+    async def watch(self) -> None:
+        """Ask both connections how they are until there's a gap."""
+        turn = 0
+        while self.gap is None:
+            await asyncio.wait([self._hearing.ended, self._asking.ended], timeout=_PROVE_S)
+            turn += 1
+            for connection in (self._hearing, self._asking):
+                await self._ask(connection)
+            if turn % _DESCRIBE_EVERY == 0:
+                await self._check()
+
+    async def _ask(self, connection: Connection) -> None:
+        try:
+            await connection.call(b"PING")
+        except BalanceSyncError as error:
+            self._miss(str(error))
+
+    async def _check(self) -> None:
+        try:
+            await self._source.check_own(self._asking, self.identity)
+        except BalanceSyncError as error:
+            self._miss(str(error))
+
+    async def close(self) -> None:
+        """Have no more told."""
+        self._miss("was closed")
+        for connection in (self._hearing, self._asking):
+            await connection.close()
+
+    def _hear(self, keys: list[bytes] | None) -> None:
+        if keys is None:
+            self._miss("Redis was emptied by FLUSHALL or FLUSHDB")
+        else:
+            self.changed.update(keys)
+            self.stirred.set()
+
+    def _miss(self, why: str) -> None:
+        self.gap = self.gap or why
+        self.stirred.set()
