@@ -102,7 +102,8 @@ class Identity:
         for earlier in self.nodes:
             if earlier.run_id == node.run_id:
                 # Whichever connection it was asked over.
-                return replace(earlier, client=node.client).check_same(node)
+                replace(earlier, client=node.client).check_same(node)
+                return
         raise SourceChanged(f"Redis at {node.address} was restarted or replaced")
 
 
