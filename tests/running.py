@@ -6,7 +6,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -22,6 +22,10 @@ from balancesync.state import Event
 PREFIX = "/sync-management"
 # Nothing fires by itself while a test runs.
 NO_JOBS = {"on_start": False, "jobs": {}}
+# The program as python is told to start it.
+PROGRAM = ("-m", "balancesync")
+# The same, but SIGUSR1 makes its host vanish.
+VANISHING = (str(Path(__file__).with_name("vanishing.py")),)
 _SOON_S = 30.0
 
 
@@ -273,19 +277,30 @@ class Processes:
         return await _start(*arguments, "--config", str(file or self.file()))
 
     async def daemon(
-        self, *, file: Path | None = None, port: int | None = None, **environ: str
+        self,
+        *,
+        file: Path | None = None,
+        port: int | None = None,
+        program: Sequence[str] = PROGRAM,
+        **environ: str,
     ) -> Outside:
         """Start a daemon and wait until it's up."""
-        made = await self.begin(file=file, port=port, **environ)
+        made = await self.begin(file=file, port=port, program=program, **environ)
         await made.log.next("balancesync is up")
         return made
 
     async def begin(
-        self, *, file: Path | None = None, port: int | None = None, **environ: str
+        self,
+        *,
+        file: Path | None = None,
+        port: int | None = None,
+        program: Sequence[str] = PROGRAM,
+        **environ: str,
     ) -> Outside:
         """Start a daemon."""
         file = file or self.file(port=port)
-        made = Outside(await _start("run", "--config", str(file), **environ), port or self.port)
+        process = await _start("run", "--config", str(file), program=program, **environ)
+        made = Outside(process, port or self.port)
         self._made.append(made)
         return made
 
@@ -295,7 +310,9 @@ class Processes:
             await each.close()
 
 
-async def _start(*arguments: str, **environ: str) -> asyncio.subprocess.Process:
+async def _start(
+    *arguments: str, program: Sequence[str] = PROGRAM, **environ: str
+) -> asyncio.subprocess.Process:
     clean = {
         name: value
         for name, value in os.environ.items()
@@ -303,8 +320,7 @@ async def _start(*arguments: str, **environ: str) -> asyncio.subprocess.Process:
     }
     return await asyncio.create_subprocess_exec(
         sys.executable,
-        "-m",
-        "balancesync",
+        *program,
         *arguments,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,

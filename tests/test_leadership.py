@@ -1,18 +1,22 @@
 """Leader and standby: who leads, and who takes over when, on a real PostgreSQL."""
 
+import asyncio
 import signal
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import asyncpg
 import pytest
 from redis.asyncio import Redis
-from running import Inside, Outside, Processes, daemon_config, free_port, processes
+from running import VANISHING, Inside, Outside, Processes, daemon_config, free_port, processes
 
 from balancesync.database import lock_key
 from balancesync.model import Request
 
 LEADER = lock_key("leader", "balancesync")
+# As pg_locks shows it: the lower half.
+WRITER_LOW = lock_key("writer", "balancesync") & 0xFFFFFFFF
 TAKEOVER_S = 10.0
 
 
@@ -70,6 +74,43 @@ async def test_a_killed_leader_is_replaced(started: Processes, redis: Redis) -> 
     await standby.log.next("leading", within_s=TAKEOVER_S)
     assert (await standby.api.document("/status"))["state"] == "idle"
     assert (await standby.api.sync())["status"] == "succeeded"
+
+
+async def until(pg: asyncpg.Connection, sql: str, within_s: float = 20) -> None:
+    async with asyncio.timeout(within_s):
+        while not await pg.fetchval(sql):
+            await pg.fetchval("SELECT pg_sleep(0.02)")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux can make a host vanish like this")
+async def test_a_leader_whose_host_vanishes_in_mid_run_is_replaced(
+    started: Processes, redis: Redis, pg: asyncpg.Connection
+) -> None:
+    await redis.set("balance:1", "1")
+    more = "[schedule]\non_start = true\njobs = {}\n"
+    file = started.file(port=free_port(), more=more)
+    file.write_text(file.read_text().replace("[http]", "lock_timeout = 60.0\n[http]"))
+    leader = await started.daemon(file=file, program=VANISHING)
+    await leader.log.next("run", trigger="startup", status="succeeded")
+    standby = await started.daemon(port=free_port())
+    await standby.log.next("standing by")
+    await redis.set("balance:1", "2")
+    async with pg.transaction():
+        await pg.execute("SELECT FROM balances FOR UPDATE")
+        leader.send(signal.SIGHUP)
+        await until(pg, "SELECT EXISTS (SELECT FROM pg_locks WHERE NOT granted)")
+        leader.send(signal.SIGUSR1)
+        await standby.log.next("leading", within_s=TAKEOVER_S)
+        # Its other session is in the middle of a statement, and ends all the same.
+        await until(pg, f"SELECT NOT EXISTS (SELECT FROM pg_locks WHERE objid = {WRITER_LOW})")
+    run = await standby.api.sync()
+    assert (run["status"], run["updated"]) == ("succeeded", 1)
+    rows = await pg.fetch("SELECT trigger, status FROM balancesync.runs ORDER BY id")
+    assert [tuple(row) for row in rows] == [
+        ("startup", "succeeded"),
+        ("sighup", "interrupted"),
+        ("http", "succeeded"),
+    ]
 
 
 async def test_a_leader_that_loses_its_session_leads_again(
