@@ -296,10 +296,18 @@ def new_run(request: Request) -> Run:
 _UNIX_MS_BITS: Final = 48
 
 
+class _LastId:
+    ms = 0  # since 1970
+
+
 def new_run_id() -> UUID:
-    """Make a UUIDv7 (RFC 9562, 5.7): it sorts by the time it was made, in milliseconds."""
+    """Make a UUIDv7 (RFC 9562, 5.7): it sorts by the time it was made, in milliseconds.
+
+    One made later in this process sorts later, also after the clock was set back (RFC 9562, 6.2).
+    """
+    _LastId.ms = max(time.time_ns() // 1_000_000, _LastId.ms + 1)
     random = int.from_bytes(os.urandom(10), "big")
-    value = (time.time_ns() // 1_000_000 & ((1 << _UNIX_MS_BITS) - 1)) << 80 | random
+    value = (_LastId.ms & ((1 << _UNIX_MS_BITS) - 1)) << 80 | random
     value = value & ~(0xF << 76) | 0x7 << 76
     value = value & ~(0x3 << 62) | 0x2 << 62
     return UUID(int=value)

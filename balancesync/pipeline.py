@@ -131,7 +131,9 @@ class Pipeline:
             return False
         last = await self._records.last_success(session.connection)
         age = (await session.clock() - last.started_at).total_seconds() if last else interval
-        if age >= interval:
+        # A success of the future is what a clock that was set back leaves: wait for that, and
+        # nothing would run for as long.
+        if abs(age) >= interval:
             return False
         self._run.warnings.append(
             f"the last success is {age:.0f} s old, younger than schedule.min_interval ="

@@ -15,6 +15,7 @@ from itertools import pairwise
 from typing import Final, Literal
 from zoneinfo import ZoneInfo
 
+import structlog
 from apscheduler.executors.debug import DebugExecutor
 from apscheduler.schedulers.asyncio import AsyncIOScheduler
 from apscheduler.triggers.base import BaseTrigger
@@ -30,6 +31,8 @@ _SECOND: Final = timedelta(seconds=1)
 _DAY: Final = timedelta(days=1)
 _DAY_MINUTES: Final = 24 * 60
 _YEAR_DAYS: Final = 366
+
+log = structlog.get_logger("balancesync")
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,6 +240,7 @@ class Schedule:
         self._arm()
         now = self._now()
         if self._latest - now > _SET_BACK:
+            log.warning("the clock was set back: the schedule is planned anew", now=str(now))
             self._latest = now
             for name, job in self._config.jobs.items():
                 due = next_fire(job.fields, now, self._zone)

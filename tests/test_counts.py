@@ -366,6 +366,16 @@ async def test_min_interval(engine: MakeEngine, redis: Redis, pg: asyncpg.Connec
     assert await total(pg) == "3.00"
 
 
+async def test_a_success_of_the_future_holds_up_nothing_for_long(
+    engine: MakeEngine, redis: Redis, pg: asyncpg.Connection
+) -> None:
+    sync = engine(schedule={"min_interval": 1800})
+    await redis.set("balance:1", "1")
+    await sync.good()
+    await pg.execute("UPDATE balancesync.runs SET started_at = started_at + interval '1 hour'")
+    await sync.good(force=False)
+
+
 async def test_mapping_that_isn_t_there(engine: MakeEngine) -> None:
     assert '"other"' in await engine().failed(ConfigError, mapping="other")
 

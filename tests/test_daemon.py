@@ -5,6 +5,7 @@ import os
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from urllib.parse import urlsplit
 from uuid import uuid4
@@ -434,6 +435,22 @@ async def test_a_redis_that_cannot_save_is_read_all_the_same(
         assert (run["status"], run["inserted"]) == ("succeeded", KEYS)
 
 
+async def test_a_redis_without_memory_is_read_all_the_same(
+    quick: None, private_redis: Callable[..., RedisServer], postgres_dsn: str
+) -> None:
+    server = private_redis({"maxmemory-policy": "noeviction"})
+    await fill_server(server)
+    async with Inside(daemon_config(postgres_dsn, server.url)) as inside:
+        await inside.leads()
+        async with Redis.from_url(server.url) as client:
+            await client.config_set("maxmemory", 1)
+            with pytest.raises(ResponseError, match=r"OOM|maxmemory"):
+                await client.set("balance:1", "3")
+        run = await inside.api.sync()
+        assert (run["status"], run["inserted"]) == ("succeeded", KEYS)
+        assert (await inside.api.document("/health"))["checks"]["redis"]["status"] == "ok"
+
+
 async def test_a_postgres_that_is_read_only(
     quick: None, redis: Redis, redis_url: str, frail_postgres: PostgresServer, frail_dsn: str
 ) -> None:
@@ -451,6 +468,37 @@ async def test_a_postgres_that_is_read_only(
             await admin.execute(f"ALTER DATABASE {name} RESET default_transaction_read_only")
         run = await inside.finished(trigger="recovery", status="succeeded")
         assert run["updated"] == KEYS
+
+
+async def test_a_postgres_that_is_a_standby_until_it_is_promoted(
+    quick: None,
+    redis: Redis,
+    redis_url: str,
+    private_postgres: Callable[..., PostgresServer],
+) -> None:
+    server = private_postgres()
+    await fill(redis)
+    async with Inside(daemon_config(server.dsn, redis_url)) as inside:
+        await inside.leads()
+        await inside.log.next("postgres", connected=True)
+        await inside.api.sync()
+        await fill(redis, "2.50")
+        server.kill()
+        await inside.log.next("postgres", connected=False)
+        (server.folder / "data" / "standby.signal").touch()
+        server.start(wait=False)
+        # It answers, and is asked; only a run hears that it takes no writes.
+        await inside.log.next("postgres", connected=True)
+        run = await inside.api.sync()
+        assert run["status"] == "postponed"
+        assert "is read-only or a standby" in run["error"]
+        async with connected(server.dsn) as pg:
+            assert await pg.fetchval("SELECT pg_promote()")
+            run = await inside.finished(trigger="recovery", status="succeeded")
+            assert run["updated"] == KEYS
+            assert await pg.fetchval("SELECT min(balance) FROM balances") == 2.5
+        await inside.leads()
+        await inside.api.until("/health", lambda found: found["status"] == "healthy")
 
 
 async def test_a_postgres_without_a_free_connection(
@@ -527,6 +575,58 @@ async def test_a_killed_backend_is_made_up_for(
         assert "isn't there" in run["error"]
         run = await inside.finished(trigger="recovery", status="succeeded")
         assert run["updated"] == KEYS
+
+
+# --- a clock that is set --------------------------------------------------------------------------
+
+LIBFAKETIME = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
+# The schedule looks at the clock often, so that no test has to wait for it.
+HASTY = (
+    "-c",
+    "from balancesync import cli, schedule; schedule._BEAT = 0.1; raise SystemExit(cli.main())",
+)
+
+
+@pytest.mark.skipif(LIBFAKETIME is None, reason="needs Debian's faketime, to set a clock with")
+async def test_a_clock_set_by_an_hour_and_back(
+    started: Processes, redis: Redis, pg: asyncpg.Connection, tmp_path: Path
+) -> None:
+    await fill(redis)
+    clock = tmp_path.parent / f"{tmp_path.name}.clock"
+    clock.write_text("+0\n")
+    # Within an hour it's due twice, within the seconds of this test only by chance.
+    more = '[schedule]\non_start = false\njobs = { often = { cron = "*/30 * * * *" } }\n'
+    daemon = await started.daemon(
+        file=started.file(more=more),
+        program=HASTY,
+        LD_PRELOAD=str(LIBFAKETIME),
+        FAKETIME_TIMESTAMP_FILE=str(clock),
+        FAKETIME_NO_CACHE="1",
+        FAKETIME_DONT_FAKE_MONOTONIC="1",
+    )
+    await daemon.log.next("leading")
+    assert (await daemon.api.sync())["status"] == "succeeded"
+    began = await pg.fetchval("SELECT max(started_at) FROM balancesync.runs")
+    clock.write_text("+1h\n")
+    # What was missed is one run.
+    run = await daemon.log.next("run", trigger="cron:often")
+    assert (run["status"], run["unchanged"]) == ("succeeded", KEYS)
+    late = await pg.fetchval("SELECT max(started_at) FROM balancesync.runs")
+    assert 3500 < (late - began).total_seconds() < 3700
+    clock.write_text("+0\n")
+    await daemon.log.next("the clock was set back: the schedule is planned anew")
+    await redis.set("balance:1", "2.50")
+    newest = await daemon.api.sync()
+    assert (newest["status"], newest["updated"]) == ("succeeded", 1)
+    # It's the last of them, though its clock shows an earlier time than that of the one before.
+    runs = (await daemon.api.document("/runs"))["runs"]
+    assert runs[0]["id"] == newest["id"]
+    assert [each["trigger"] for each in runs] == ["http", "cron:often", "http"]
+    status = await daemon.api.document("/status")
+    assert status["last_success_at"] == newest["finished_at"]
+    left = datetime.fromisoformat(status["next_run_at"]) - datetime.now(UTC)
+    assert 0 < left.total_seconds() <= 1801
+    assert (await daemon.api.ask("/health"))[0] == 200
 
 
 # --- losses ---------------------------------------------------------------------------------------

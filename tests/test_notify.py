@@ -3,7 +3,7 @@
 import asyncio
 import os
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 from uuid import uuid4
@@ -14,7 +14,8 @@ from proxy import Proxy
 from redis.asyncio import Redis
 from running import Inside, daemon_config
 
-from balancesync import runner
+from balancesync import overview, probing, runner
+from balancesync.embedded import PostgresServer
 from balancesync.model import Request
 from balancesync.notify import Notifier
 
@@ -181,3 +182,37 @@ async def test_a_long_statement_under_way_is_no_stuck_runner(
             assert not ticket.done.done()
         run = await inside.finished(id=str(ticket.run.id))
         assert (run["status"], run["updated"]) == ("succeeded", 1)
+
+
+async def test_a_postgres_that_hangs_is_no_stuck_runner(
+    systemd: Systemd,
+    redis: Redis,
+    redis_url: str,
+    private_postgres: Callable[..., PostgresServer],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    server = private_postgres()
+    await redis.set("balance:1", "1")
+    config = daemon_config(server.dsn, redis_url, postgres={"timeout": 0.5})
+    # What no time-out can explain is, for this test, half a second more than two of the runner.
+    monkeypatch.setattr(runner, "_GRACE_S", 0.5 - config.retry.maximum)
+    monkeypatch.setattr(probing, "_TROUBLED_S", 0.05)
+    monkeypatch.setattr(probing, "_CALM_S", 0.05)
+    monkeypatch.setattr(overview, "_PROBE_S", 0.5)
+    async with Inside(config, Notifier(systemd.environ)) as inside:
+        await inside.leads()
+        await inside.api.sync()
+        server.suspend()
+        # Begun before anybody has noticed, it waits for PostgreSQL, and is given up in time.
+        run = await inside.api.sync()
+        assert run["status"] == "postponed"
+        await inside.log.next("postgres", connected=False)
+        systemd.drain()
+        for _ in range(10):
+            await systemd.until("WATCHDOG=1")
+            assert not inside.runner.is_stuck
+        assert '"alive"' in await inside.api.text("/livez")
+        assert (await inside.api.ask("/health"))[0] == 503
+        server.resume()
+        await inside.finished(trigger="recovery", status="succeeded")
+        await inside.api.until("/health", lambda found: found["status"] == "healthy")
