@@ -65,6 +65,7 @@ class Daemon:
             schedule=self._schedule,
             metrics=self.metrics,
         )
+        self._last_leader: str | None = None
         self._stop = asyncio.Event()
 
     async def run(self) -> None:
@@ -156,7 +157,10 @@ class Daemon:
             self.runner.owed.clear()
         log.info("leading" if leads else "standing by", leader=leader)
         if leads and self._config.schedule.on_start:
-            self.runner.submit(Request("sync", "startup", force=False))
+            # Leading again with nobody in between: PostgreSQL was away, and this makes up for it.
+            trigger = "recovery" if self._last_leader == leader else "startup"
+            self.runner.submit(Request("sync", trigger, force=False))
+        self._last_leader = leader or self._last_leader
 
     async def _report(self) -> None:
         """Tell systemd how things are; WATCHDOG only while loop and runner make progress."""

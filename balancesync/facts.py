@@ -148,6 +148,7 @@ class Facts:
                 )
             if self._records.error is not None:
                 checks["schema"] = overview.check("failed", self._records.error)
+        checks["postponed"] = self._postponed_check()
         if self._config.live.enabled:
             checks["live"] = overview.check("ok" if state.live == "up" else "degraded", state.live)
         document = overview.health_document(checks)
@@ -156,6 +157,15 @@ class Facts:
                 return 503, document
             document["status"] = "degraded"
         return 200, document
+
+    def _postponed_check(self) -> Document:
+        waiting = [
+            f"{each.request.job} of {each.request.mapping or 'all mappings'}: {each.error}"
+            for each in self._runner.owed.values()
+        ]
+        if not waiting:
+            return overview.check("ok", "no run waits for a server")
+        return overview.check("degraded", f"runs by itself when it can: {'; '.join(waiting)}")
 
     def _overdue_s(self) -> float:
         now = datetime.now(UTC)

@@ -49,13 +49,12 @@ class Leadership:
             except SchemaTooNew:
                 raise
             except BalanceSyncError as error:
+                # Told first: giving the lock back may take a hanging server's time-out.
+                self._on_change(False, None)
                 log.warning("not leading: PostgreSQL can't be asked", error=str(error))
-                pause = min(pause * 2, _LONGEST_PAUSE_S)
-            else:
-                pause = _POLL_S
+                pause = _POLL_S if self._connection else min(pause * 2, _LONGEST_PAUSE_S)
             finally:
                 await self.release()
-            self._on_change(False, None)
             await asyncio.sleep(random.uniform(pause / 2, pause))  # noqa: S311  # jitter
 
     async def release(self) -> None:

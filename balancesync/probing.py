@@ -172,5 +172,5 @@ class Probing:
         elif now >= self._retry_at and self._runner.current is None:
             self._retry_at = now + self._pause
             self._pause = min(2 * self._pause, _LONGEST_PAUSE_S)
-            for request in owed:
-                self._runner.submit(replace(request, trigger="recovery"))
+            for each in owed:
+                self._runner.submit(replace(each.request, trigger="recovery"))

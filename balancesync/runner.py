@@ -54,6 +54,14 @@ def kind_of(request: Request) -> tuple[Any, ...]:
     return (request.job, request.mode, request.mapping, request.accept_loss)
 
 
+@dataclass(frozen=True, slots=True)
+class Owed:
+    """A request that was postponed, and the error that it waits to pass."""
+
+    request: Request
+    error: str
+
+
 class Runner:
     """Executes requests one at a time. `publish` gets the events run_queued to run_finished.
 
@@ -67,7 +75,7 @@ class Runner:
     ) -> None:
         self.current: Ticket | None = None
         self.draining = False
-        self.owed: dict[tuple[Any, ...], Request] = {}
+        self.owed: dict[tuple[Any, ...], Owed] = {}
         self.unrecorded: deque[Run] = deque(maxlen=_MOST_UNRECORDED)
         self.beat = 0.0
         self._config = config
@@ -153,7 +161,7 @@ class Runner:
         # Whoever accepted a loss knew of that one, and not of what Redis may come back with.
         lasting = replace(ticket.request, accept_loss=False)
         if ticket.run.status == "postponed":
-            self.owed[kind_of(lasting)] = lasting
+            self.owed[kind_of(lasting)] = Owed(lasting, ticket.run.error or "")
         else:
             self.owed.pop(kind_of(lasting), None)
         if not sync.is_recorded:

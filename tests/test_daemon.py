@@ -214,6 +214,9 @@ async def test_redis_away_at_the_start(
         health = await inside.api.document("/health")
         assert health["status"] == "degraded"
         assert "can't be reached" in health["checks"]["redis"]["detail"]
+        waiting = health["checks"]["postponed"]
+        assert waiting["status"] == "degraded"
+        assert run["error"] in waiting["detail"]
         assert await inside.api.sample("redis_up") == 0
         assert await inside.api.sample("postgres_up") == 1
         server.start()

@@ -8,16 +8,23 @@ from pathlib import Path
 
 import asyncpg
 import pytest
+from pydantic import SecretStr
 from redis.asyncio import Redis
 from running import VANISHING, Inside, Outside, Processes, daemon_config, free_port, processes
 
 from balancesync import leadership, runner
-from balancesync.database import lock_key
+from balancesync.config import PostgresConfig
+from balancesync.database import Database, lock_key
+from balancesync.leadership import Leadership
 from balancesync.model import Request
 
 LEADER = lock_key("leader", "balancesync")
 # As pg_locks shows it: the lower half.
 WRITER_LOW = lock_key("writer", "balancesync") & 0xFFFFFFFF
+END_LEADER = (
+    "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory'"
+    " AND (classid::bigint << 32) | objid::bigint = $1"
+)
 TAKEOVER_S = 10.0
 
 
@@ -131,17 +138,44 @@ async def test_a_leader_that_loses_its_session_leads_again(
     async with Inside(config) as inside:
         await inside.finished(trigger="startup", status="succeeded")
         await inside.leads()
-        await pg.execute(
-            "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory'"
-            " AND (classid::bigint << 32) | objid::bigint = $1",
-            LEADER,
-        )
+        await pg.execute(END_LEADER, LEADER)
+        await inside.log.next("leader", leads=False)
+        await inside.leads()
+        # Nobody else has led in between: that is no start.
+        await inside.finished(trigger="recovery", status="succeeded")
+        await pg.execute(END_LEADER, LEADER)
         await inside.log.next("leader", leads=False)
         # Nobody leads: what fires now must not be lost.
         inside.daemon.fire("often", config.schedule.jobs["often"])
         await inside.finished(trigger="cron:often", status="succeeded")
-        await inside.leads()
-        await inside.finished(trigger="startup", status="succeeded")
+        assert len(inside.log.all("run_finished", trigger="startup")) == 1
+
+
+async def test_a_loss_is_told_before_the_lock_is_given_back(
+    postgres_dsn: str, pg: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Giving it back takes two seconds where the server hangs.
+    monkeypatch.setattr(leadership, "_PROVE_S", 0.1)
+    heard: asyncio.Queue[str] = asyncio.Queue()
+
+    class Heard(Leadership):
+        async def release(self) -> None:
+            heard.put_nowait("released")
+            await super().release()
+
+    def hear(leads: bool, leader: str | None) -> None:
+        heard.put_nowait(f"leads: {leads}")
+
+    database = Database(PostgresConfig(dsn=SecretStr(postgres_dsn)))
+    serving = asyncio.create_task(Heard(database, "here:1", hear).serve())
+    try:
+        async with asyncio.timeout(20):
+            assert await heard.get() == "leads: True"
+            await pg.execute(END_LEADER, LEADER)
+            assert [await heard.get(), await heard.get()] == ["leads: False", "released"]
+    finally:
+        serving.cancel()
+        await asyncio.gather(serving, return_exceptions=True)
 
 
 async def test_a_standby_owes_nothing(

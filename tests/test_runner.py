@@ -273,7 +273,8 @@ async def test_a_postponed_request_is_owed_until_its_kind_has_run(
         assert (run.status, run.attempts) == ("postponed", 1)
         assert "can't be reached" in (run.error or "")
         [owed] = made.runner.owed.values()
-        assert (owed.job, owed.force) == ("sync", False)
+        assert (owed.request.job, owed.request.force) == ("sync", False)
+        assert owed.error == run.error
         server.start()
         await made.good()
         assert made.runner.owed == {}
@@ -290,9 +291,9 @@ async def test_no_loss_is_accepted_by_a_run_that_comes_later(
         assert run.status == "postponed"
         # Whoever accepted a loss knew what was lost then, not what Redis comes back with.
         [owed] = made.runner.owed.values()
-        assert not owed.accept_loss
+        assert not owed.request.accept_loss
         server.start()
-        await ended(made.submit(owed)[0])
+        await ended(made.submit(owed.request)[0])
         assert made.runner.owed == {}
 
 

@@ -151,6 +151,7 @@ async def test_health_when_all_is_well(site: Site) -> None:
     code, document = await site.ask("/health")
     assert (code, document["status"]) == (200, "healthy")
     names = ["redis", "postgres", "schema", "lock", "last_success", "refusal", "rejects"]
+    names.append("postponed")
     assert list(document["checks"]) == names
     assert {check["status"] for check in document["checks"].values()} == {"ok"}
     async with site.client.get("/health") as answer:
