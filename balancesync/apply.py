@@ -5,13 +5,13 @@ import random
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from datetime import datetime
 from typing import Final
 
 import asyncpg
 
 from balancesync.errors import RunFailed, Transient
-from balancesync.model import Reject
+from balancesync.history import History
+from balancesync.model import Reject, Stamp
 from balancesync.target import Diff, Op, Span, Writer
 from balancesync.values import show
 
@@ -62,13 +62,17 @@ class _Slice:
 class Applier:
     """Applies one mapping's diff. `done` tells what is committed, also when `run` raises.
 
-    `undeletable` are keys whose rows the table didn't let go, and why, one line each.
+    With `history` enabled each slice's changes are committed with it. `undeletable` are keys whose
+    rows the table didn't let go, and why, one line each.
     """
 
-    def __init__(self, writer: Writer, at: datetime, between: Callable[[int], None]) -> None:
+    def __init__(
+        self, writer: Writer, history: History, stamp: Stamp, between: Callable[[int], None]
+    ) -> None:
         self.done = Applied()
         self._writer = writer
-        self._at = at
+        self._history = history
+        self._stamp = stamp
         self._between = between
         self._queue: deque[_Slice] = deque()
         self.undeletable: list[str] = []
@@ -84,6 +88,8 @@ class Applier:
             self._cut("i", diff.inserted)
         self._cut("u", diff.updated)
         self._cut("d", diff.deleted)
+        if self._queue or self._history.enabled:
+            await self._writer.mark_history(self._history, self._stamp)
         await self._writer.plan_by_index(many=len(self._queue) > 1)
         while self._queue:
             piece = self._queue.popleft()
@@ -102,8 +108,9 @@ class Applier:
             )
 
     async def _apply(self, piece: _Slice) -> None:
+        write = self._write_kept if self._history.enabled else self._write
         try:
-            rows = await self._write(piece)
+            await write(piece)
         except _LOCK_ERRORS as error:
             piece.attempts += 1
             if piece.attempts == _LOCK_ATTEMPTS:
@@ -116,26 +123,49 @@ class Applier:
             if not _is_of_a_row(error):
                 raise
             await self._narrow(piece, error)
-        else:
-            # An insert may come to fewer rows: somebody else had inserted the very same.
-            match piece.op:
-                case "i":
-                    self.done.inserted += rows
-                case "u":
-                    self.done.updated += rows
-                case "d":
-                    self.done.deleted += rows
 
-    async def _write(self, piece: _Slice) -> int:
-        writer = self._writer
-        if piece.op == "i":
-            try:
-                return await writer.write("insert", piece.after, piece.last, self._at)
-            except asyncpg.UniqueViolationError:
-                # Somebody else inserted such a row since the diff was made.
-                return await writer.write("insert_on_conflict", piece.after, piece.last, self._at)
-        name = "update" if piece.op == "u" else "delete"
-        return await writer.write(name, piece.after, piece.last, self._at)
+    def _count(self, op: Op, rows: int) -> None:
+        match op:
+            case "i":
+                self.done.inserted += rows
+            case "u":
+                self.done.updated += rows
+            case "d":
+                self.done.deleted += rows
+
+    async def _write(self, piece: _Slice) -> None:
+        name = {"i": "insert", "u": "update", "d": "delete"}[piece.op]
+        try:
+            rows = await self._writer.write(name, piece.after, piece.last, self._stamp)
+        except asyncpg.UniqueViolationError:
+            if piece.op != "i":
+                raise
+            # Somebody else inserted such a row since the diff was made. It may come to fewer rows:
+            # those that were the very same.
+            name = "insert_on_conflict"
+            rows = await self._writer.write(name, piece.after, piece.last, self._stamp)
+        self._count(piece.op, rows)
+
+    async def _write_kept(self, piece: _Slice) -> None:
+        if piece.op == "d":
+            await self._keep(piece, "delete")
+            return
+        try:
+            asked, done = await self._keep(piece, "insert" if piece.op == "i" else "update")
+        except asyncpg.UniqueViolationError:
+            if piece.op != "i":
+                raise
+            asked, done = await self._keep(piece, "insert_missing")
+        if done < asked:
+            # Others have been at these rows since the diff was made.
+            await self._keep(piece, "settle", piece.op.encode())
+
+    async def _keep(self, piece: _Slice, name: str, *more: object) -> tuple[int, int]:
+        asked, done = await self._writer.write_kept(
+            name, piece.after, piece.last, self._stamp, *more
+        )
+        self._count(piece.op, done)
+        return asked, done
 
     async def _narrow(self, piece: _Slice, error: asyncpg.PostgresError) -> None:
         """Halve a slice that the table refuses, down to the row that it is about."""

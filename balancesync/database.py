@@ -81,6 +81,12 @@ def quote(*names: str | None) -> str:
     return ".".join('"' + name.replace('"', '""') + '"' for name in names if name is not None)
 
 
+def quote_literal(text: str) -> str:
+    """Quote a text as a literal, whatever `standard_conforming_strings` says."""
+    quoted = "'" + text.replace("'", "''").replace("\\", "\\\\") + "'"
+    return f"E{quoted}" if "\\" in text else quoted
+
+
 def lock_key(*parts: str) -> int:
     """The advisory lock's number for a purpose: a signed 64-bit hash, the same on every host."""
     digest = hashlib.sha256("\0".join(("balancesync", *parts)).encode()).digest()

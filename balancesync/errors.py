@@ -19,6 +19,7 @@
     │   ├── MappingFailed            1
     │   ├── Cancelled                1
     │   └── Interrupted              1
+    ├── HistoryGap                   1
     └── EmbeddedError                1
 
 An exception raised without a message says the first paragraph of its class's docstring. A message
@@ -124,6 +125,10 @@ class Cancelled(RunFailed):
 
 class Interrupted(RunFailed):
     """The run was interrupted: balancesync is stopping."""
+
+
+class HistoryGap(BalanceSyncError):
+    """The history doesn't reach back to that time; see docs/history.md."""
 
 
 class EmbeddedError(BalanceSyncError):

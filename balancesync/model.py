@@ -208,6 +208,17 @@ class Baseline:
 
 
 @dataclass(frozen=True, slots=True)
+class Stamp:
+    """What everything that one run or flush writes has in common.
+
+    `at` is when its reading ended, by PostgreSQL's clock: see `History.moment`.
+    """
+
+    run_id: UUID
+    at: datetime
+
+
+@dataclass(frozen=True, slots=True)
 class Observed:
     """What a run sees of a mapping before it applies anything."""
 

@@ -4,20 +4,25 @@ Dry run and verify are the same attempt stopped after diff.
 """
 
 from collections.abc import Callable, Sequence
+from datetime import datetime
+from typing import Final
 
 from balancesync import table as tables
 from balancesync.apply import Applied, Applier
 from balancesync.config import Config
 from balancesync.database import Database, Steps
 from balancesync.errors import ConfigError, MappingFailed, Refused, RunFailed, TargetMismatch
+from balancesync.history import History
 from balancesync.mapping import Mapping
-from balancesync.model import Refusal, Request, Run, exceeds
+from balancesync.model import Refusal, Request, Run, Stamp, exceeds
 from balancesync.part import Part, Progress, RejectLog, reading_of, scan
 from balancesync.records import Records, Remembered
 from balancesync.report import Report, describe, reread, spare_present
 from balancesync.session import Session
 from balancesync.source import Source
 from balancesync.target import Span, Writer
+
+_CLOCK_SLACK_S: Final = 1.0
 
 
 class Pipeline:
@@ -51,6 +56,7 @@ class Pipeline:
         self._on_progress = on_progress
         self._on_alive = on_alive
         self._records = Records(database)
+        self._history = History(database, config.history)
         self._steps = Steps(database)
         self._rejects = RejectLog()
         self._failures: list[str] = []
@@ -75,6 +81,7 @@ class Pipeline:
                 await self._read(session, parts)
                 if self._request.mode == "apply":
                     await self._write(session, parts)
+                    await self._forget_changes(session)
                 else:
                     await self._report(session, parts)
                 await self._conclude(session, parts, close)
@@ -93,10 +100,22 @@ class Pipeline:
             except MappingFailed as error:
                 self._failures.append(f'mapping "{part.mapping.name}": {error}')
                 parts.remove(part)
-        self._at = await session.clock()
+        self._at = await self._moment(session)
         for part in parts:
             self._on_progress(Progress("diff", part.mapping.name))
             part.diff = await part.writer.diff()
+
+    async def _moment(self, session: Session) -> datetime:
+        """The time that all this run writes has in common."""
+        if self._request.mode != "apply":
+            return await session.clock()
+        moment = await self._history.moment(session.connection)
+        if moment.behind_s > _CLOCK_SLACK_S:
+            self._warn(
+                f"PostgreSQL's clock is {moment.behind_s:.0f} s behind the time of the last change"
+                " in the history: it has gone back; changes get later times than it until then"
+            )
+        return moment.at
 
     async def _write(self, session: Session, parts: Sequence[Part]) -> None:
         await self._judge(session, parts)
@@ -228,7 +247,7 @@ class Pipeline:
             progress.done = done
             self._on_progress(progress)
 
-        applier = Applier(part.writer, self._at, between)
+        applier = Applier(part.writer, self._history, Stamp(self._run.id, self._at), between)
         part.applied = applier.done
         await applier.run(part.diff)
         if stay := applier.undeletable:
@@ -236,6 +255,15 @@ class Pipeline:
                 f'mapping "{part.mapping.name}": {len(stay):,} rows whose keys are gone can\'t be'
                 f" deleted; the first is {stay[0]}"
             )
+
+    async def _forget_changes(self, session: Session) -> None:
+        """Delete what is beyond `history.keep_days`, also once no more is kept."""
+        forgotten = 0
+        while self._history.is_full_slice(
+            gone := await session.watch(self._history.forget(session.connection))
+        ):
+            forgotten += gone
+            self._on_progress(Progress("forget", done=forgotten))
 
     async def _spare(self, session: Session, part: Part) -> None:
         name = part.mapping.name

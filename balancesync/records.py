@@ -82,6 +82,7 @@ class Records:
             run.error,
             run.redis_run_id,
             self.lock_key_of(run.id),
+            len(load_sql("steps")),
         )
 
     async def mark_interrupted(self, connection: Connection) -> None:

@@ -5,7 +5,8 @@ from typing import Final
 
 from balancesync.columns import ColumnType
 from balancesync.config import MappingConfig
-from balancesync.database import load_sql, quote
+from balancesync.database import load_sql, quote, quote_literal
+from balancesync.printing import value_text
 from balancesync.table import Table
 
 _BLOCKS: Final = load_sql("target") | load_sql("keyed")
@@ -14,12 +15,19 @@ _STAGED: Final = {"numeric": "numeric", "varchar": "text"}
 
 
 def statements(
-    config: MappingConfig, table: Table, *, staging: str, diff: str, first: str, ordered: bool
+    config: MappingConfig,
+    table: Table,
+    *,
+    staging: str,
+    diff: str,
+    first: str,
+    changes: str,
+    ordered: bool,
 ) -> dict[str, str]:
     """Every block of `sql/target.sql` for this mapping; identifiers are quoted here.
 
-    `first` is the diff that this one is a second look at, or itself. `ordered` joins the staging
-    table in key order, for looks into the target's key index.
+    `first` is the diff that this one is a second look at, or itself; `changes` the history.
+    `ordered` joins the staging table in key order, for looks into the target's key index.
     """
     keys, values = config.key_columns, config.value_columns
     k = _numbered("k", keys)
@@ -35,6 +43,7 @@ def statements(
         "staged": f"(TABLE {staging} ORDER BY {', '.join(k)})" if ordered else staging,
         "diff": diff,
         "first": first,
+        "changes": changes,
         "target": table.sql_name,
         "keys": ", ".join(k),
         # One plain column is sorted three times as fast as it is hashed or sorted as a row.
@@ -91,6 +100,14 @@ def statements(
         "old_texts": ", ".join(f"{name}::text AS {name}" for name in o),
         # Without a number it's one row all the same.
         "totals": ", ".join(_totals(config)) or "max(NULL::text)",
+        "s_key_texts": key_array(config, [f"s.{name}" for name in k]),
+        "t_key_texts": key_array(config, [f"t.{quote(name)}" for name in keys]),
+        "t_json": _json(config, [f"t.{quote(name)}" for name in values]),
+        "old_json": _json(config, [f"s.{name}" for name in o]),
+        "t_differs_from_old": " OR ".join(
+            f"{target} IS DISTINCT FROM {staged_as.format('s.', short)}"
+            for (target, staged_as), short in zip(differs, o, strict=True)
+        ),
     }
     return {name: block.format_map(parts) for name, block in _BLOCKS.items()}
 
@@ -106,6 +123,21 @@ def key_text(expression: str, kind: ColumnType) -> str:
     return f"{expression}::text"
 
 
+def staged_type(kind: ColumnType) -> str:
+    """The type that takes a column's values without rounding or cutting any."""
+    return _STAGED.get(kind.name, kind.sql)
+
+
+def key_array(config: MappingConfig, expressions: Sequence[str]) -> str:
+    """The SQL of a key as the history has it: an array of the canonical texts of its columns."""
+    texts = [
+        # Under the collation of the history's own column, or a text column's would contradict it.
+        f'({key_text(expression, config.types[name])}) COLLATE "C"'
+        for name, expression in zip(config.key_columns, expressions, strict=True)
+    ]
+    return f"ARRAY[{', '.join(texts)}]"
+
+
 def staged_columns(config: MappingConfig) -> tuple[list[str], list[str]]:
     """The names of the staging table's key columns and value columns."""
     return _numbered("k", config.key_columns), _numbered("v", config.value_columns)
@@ -119,7 +151,7 @@ def _key_types(config: MappingConfig, table: Table) -> list[str]:
     types = []
     for short, name in zip(_numbered("k", config.key_columns), config.key_columns, strict=True):
         kind = config.types[name]
-        staged = _STAGED.get(kind.name, kind.sql)
+        staged = staged_type(kind)
         # Under the column's own collation, or the join could not use its index.
         collation = table.columns[name].collation if table.exists else None
         types.append(f"{short} {staged}" + (f" COLLATE {collation}" if collation else ""))
@@ -128,7 +160,7 @@ def _key_types(config: MappingConfig, table: Table) -> list[str]:
 
 def _value_types(config: MappingConfig, letter: str) -> list[str]:
     return [
-        f"{short} {_STAGED.get(kind.name, kind.sql)}"
+        f"{short} {staged_type(kind)}"
         for short, kind in zip(
             _numbered(letter, config.value_columns),
             (config.types[name] for name in config.value_columns),
@@ -155,6 +187,15 @@ def _texts(config: MappingConfig, names: Sequence[str], short: Sequence[str]) ->
         f"{key_text(column, config.types[name])} AS {column}"
         for name, column in zip(names, short, strict=True)
     ]
+
+
+def _json(config: MappingConfig, expressions: Sequence[str]) -> str:
+    names = ", ".join(quote_literal(name) for name in config.value_columns)
+    texts = ", ".join(
+        value_text(expression, config.types[name])
+        for name, expression in zip(config.value_columns, expressions, strict=True)
+    )
+    return f"jsonb_object(ARRAY[{names}], ARRAY[{texts}])"
 
 
 def _totals(config: MappingConfig) -> list[str]:

@@ -2,14 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from typing import BinaryIO, Final, Literal, cast
 
 import asyncpg
 
 from balancesync.database import NO_LIMIT
+from balancesync.history import History
 from balancesync.mapping import Mapping
-from balancesync.model import Batch, Reject
+from balancesync.model import Batch, Reject, Stamp
 from balancesync.session import Session
 from balancesync.statements import staged_columns, statements
 from balancesync.table import Table
@@ -88,6 +88,7 @@ class Writer:
                 staging=f"pg_temp.{self._staging}",
                 diff=self._diff,
                 first=(first or self)._diff,
+                changes=f"{session.database.schema}.changes",
                 ordered=ordered,
             )
             for ordered in (False, True)
@@ -288,10 +289,26 @@ class Writer:
             self._indexed = True
             await self._execute(self._sql["index_diff"])
 
-    async def write(self, name: str, after: int, last: int, at: datetime) -> int:
+    async def write(self, name: str, after: int, last: int, stamp: Stamp) -> int:
         """Apply the slice after < n <= last by one statement and transaction; return the rows."""
         timed = self.mapping.config.synced_at and name != "delete"
-        return await self._execute(self._sql[name], after, last, *([at] if timed else []))
+        return await self._execute(self._sql[name], after, last, *([stamp.at] if timed else []))
+
+    async def write_kept(
+        self, name: str, after: int, last: int, stamp: Stamp, *more: object
+    ) -> tuple[int, int]:
+        """Do the same with history; return the rows asked for and the rows written."""
+        arguments = (after, last, stamp.at, stamp.run_id, self.mapping.name, *more)
+        row = (await self._fetch(self._sql[f"{name}_kept"], *arguments))[0]
+        return row["asked"], row["done"]
+
+    async def mark_history(self, history: History, stamp: Stamp) -> None:
+        """Say, before the first slice, whether this mapping's history goes on or has a gap."""
+        connection, config = self._session.connection, self.mapping.config
+        if history.enabled:
+            await self._session.watch(history.begin(connection, config, stamp.at))
+        else:
+            await self._session.watch(history.end(connection, config))
 
     async def row(self, op: Op, after: int) -> tuple[tuple[str, ...], tuple[str | None, ...]]:
         """The first row of the diff behind number `after`: key columns, new values as staged."""

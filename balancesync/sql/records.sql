@@ -2,8 +2,8 @@
 
 -- name: save_run
 INSERT INTO {schema}.runs AS r (id, job, trigger, mode, status, mapping, started_at, finished_at,
-    duration_s, attempts, mappings, warnings, error, redis_run_id, lock_key)
-VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9::float8::numeric, $10, $11, $12, $13, $14, $15)
+    duration_s, attempts, mappings, warnings, error, redis_run_id, lock_key, step)
+VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9::float8::numeric, $10, $11, $12, $13, $14, $15, $16)
 ON CONFLICT (id) DO UPDATE SET status = EXCLUDED.status, finished_at = EXCLUDED.finished_at,
     duration_s = EXCLUDED.duration_s, attempts = EXCLUDED.attempts, mappings = EXCLUDED.mappings,
     warnings = EXCLUDED.warnings, error = EXCLUDED.error, redis_run_id = EXCLUDED.redis_run_id;

@@ -54,3 +54,33 @@ CREATE TABLE {schema}.baselines (
     refusal text,
     refused_at timestamptz
 );
+
+-- name: step_2
+-- Every change of a row, in the order of each key; `at` is one for all of a run or flush.
+-- key has the canonical texts of the key columns; old and new map value columns to their texts.
+CREATE TABLE {schema}.changes (
+    mapping text COLLATE "C" NOT NULL,
+    key text[] COLLATE "C" NOT NULL,
+    at timestamptz NOT NULL,
+    run_id uuid NOT NULL,
+    op "char" NOT NULL,
+    old jsonb,
+    new jsonb
+);
+CREATE INDEX changes_key ON {schema}.changes (mapping, key, at);
+-- Small, for many changes share their time: what is too old is found by it.
+CREATE INDEX changes_at ON {schema}.changes (at);
+
+-- Since when each mapping's changes are kept without a gap, and with which columns of which table.
+CREATE TABLE {schema}.histories (
+    mapping text PRIMARY KEY,
+    shape text NOT NULL,
+    since timestamptz NOT NULL
+);
+
+-- The newest step that the program of a run knew. Those before step 2 leave it empty: what their
+-- runs changed is in no history.
+ALTER TABLE {schema}.runs ADD COLUMN step integer;
+ALTER TABLE {schema}.runs ADD COLUMN recorded_at timestamptz NOT NULL DEFAULT now();
+CREATE INDEX runs_before_history ON {schema}.runs (recorded_at)
+    WHERE step IS NULL AND mode = 'apply';

@@ -112,3 +112,73 @@ WHERE {same_key};
 DELETE FROM {target} AS t
 USING (SELECT * FROM {diff} WHERE n > $1 AND n <= $2 AND op = 'd' ORDER BY n) AS s
 WHERE {same_key} AND t.{synced_at} IS NOT NULL;
+
+-- The same with history: each statement writes its changes with what it changes, and tells how many
+-- rows it was asked for and how many it wrote. $4 is the run, $5 the mapping.
+
+-- name: insert_kept
+WITH asked AS (
+    SELECT {keys}, {values} FROM {diff} WHERE n > $1 AND n <= $2 AND op = 'i' ORDER BY n
+), done AS (
+    INSERT INTO {target} AS t ({columns}{comma_synced_at})
+    SELECT {keys}, {values}{comma_now} FROM asked
+    RETURNING {t_key_texts} AS key, {t_json} AS new
+), kept AS (
+    INSERT INTO {changes} (mapping, key, at, run_id, op, new) SELECT $5, key, $3, $4, 'i', new FROM done
+)
+SELECT (SELECT count(*) FROM asked) AS asked, (SELECT count(*) FROM done) AS done;
+
+-- name: insert_missing_kept
+WITH asked AS (
+    SELECT {keys}, {values} FROM {diff} WHERE n > $1 AND n <= $2 AND op = 'i' ORDER BY n
+), done AS (
+    INSERT INTO {target} AS t ({columns}{comma_synced_at})
+    SELECT {keys}, {values}{comma_now} FROM asked
+    ON CONFLICT ({key_columns}) DO NOTHING
+    RETURNING {t_key_texts} AS key, {t_json} AS new
+), kept AS (
+    INSERT INTO {changes} (mapping, key, at, run_id, op, new) SELECT $5, key, $3, $4, 'i', new FROM done
+)
+SELECT (SELECT count(*) FROM asked) AS asked, (SELECT count(*) FROM done) AS done;
+
+-- name: update_kept
+-- Only rows that are still what the diff saw: then that is what they held.
+WITH asked AS (
+    SELECT * FROM {diff} WHERE n > $1 AND n <= $2 AND op = 'u' ORDER BY n
+), done AS (
+    UPDATE {target} AS t SET {set_values} FROM asked AS s WHERE {same_key} AND NOT ({t_differs_from_old})
+    RETURNING {s_key_texts} AS key, {old_json} AS old, {t_json} AS new
+), kept AS (
+    INSERT INTO {changes} (mapping, key, at, run_id, op, old, new)
+    SELECT $5, key, $3, $4, 'u', old, new FROM done
+)
+SELECT (SELECT count(*) FROM asked) AS asked, (SELECT count(*) FROM done) AS done;
+
+-- name: settle_kept
+-- What others have changed or inserted since the diff was made: locked, and only then read.
+WITH asked AS (
+    SELECT s.*, {t_json} AS held
+    FROM (SELECT * FROM {diff} WHERE n > $1 AND n <= $2 AND op = $6::"char" ORDER BY n) AS s
+    JOIN {target} AS t ON {same_key}
+    WHERE (s.op = 'u' OR {differs}) AND NOT EXISTS (
+        SELECT FROM {changes} AS c WHERE c.mapping = $5 AND c.key = {s_key_texts} AND c.at = $3)
+    FOR NO KEY UPDATE OF t
+), done AS (
+    UPDATE {target} AS t SET {set_values} FROM asked AS s WHERE {same_key}
+    RETURNING {s_key_texts} AS key, s.held AS old, {t_json} AS new
+), kept AS (
+    INSERT INTO {changes} (mapping, key, at, run_id, op, old, new)
+    SELECT $5, key, $3, $4, 'u', old, new FROM done
+)
+SELECT (SELECT count(*) FROM asked) AS asked, (SELECT count(*) FROM done) AS done;
+
+-- name: delete_kept
+WITH asked AS (
+    SELECT * FROM {diff} WHERE n > $1 AND n <= $2 AND op = 'd' ORDER BY n
+), done AS (
+    DELETE FROM {target} AS t USING asked AS s WHERE {same_key} AND t.{synced_at} IS NOT NULL
+    RETURNING {s_key_texts} AS key, {t_json} AS old
+), kept AS (
+    INSERT INTO {changes} (mapping, key, at, run_id, op, old) SELECT $5, key, $3, $4, 'd', old FROM done
+)
+SELECT (SELECT count(*) FROM asked) AS asked, (SELECT count(*) FROM done) AS done;
