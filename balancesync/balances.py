@@ -20,6 +20,8 @@ from balancesync.errors import (
     PostgresUnavailable,
     RunFailed,
     SourceChanged,
+    Transient,
+    Unavailable,
 )
 from balancesync.mapping import Mapping
 from balancesync.model import RawBatch
@@ -230,14 +232,26 @@ class Shelf:
         return table
 
     async def _ask_postgres(self, keys: list[Key]) -> list[Balance | None]:
+        if self._table is not None:
+            try:
+                return await self._rows(keys)
+            except Unavailable:
+                raise
+            except Transient as error:
+                # Dropped or altered since it was looked up: the second time that's found out.
+                log.info("a table is looked up anew", mapping=self._config.name, why=str(error))
+        return await self._rows(keys)
+
+    async def _rows(self, keys: list[Key]) -> list[Balance | None]:
         table = await self._known_table()
         if not table.exists:
             return [None] * len(keys)
         # Should it fail, because the table is another by now, it's looked up anew the next time.
         self._table = None
-        async with self._database.acquire() as connection:
-            arrays = [list(texts) for texts in zip(*keys, strict=True)]
-            rows = await connection.fetch(self._sql(table), *arrays)
+        arrays = [list(texts) for texts in zip(*keys, strict=True)]
+        with self._database.translated(last=True):
+            async with self._database.acquire() as connection:
+                rows = await connection.fetch(self._sql(table), *arrays)
         self._table = table
         found: list[Balance | None] = [None] * len(keys)
         for row in rows:
