@@ -1,7 +1,7 @@
 """Asking a running daemon over its own HTTP API, as the commands do."""
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Final
 
 import aiohttp
@@ -13,6 +13,8 @@ from balancesync.errors import BalanceSyncError, DaemonUnavailable, RunFailed
 _PREFIX: Final = "/sync-management"
 # A daemon on this machine answers at once, or isn't there.
 _ANSWER_S: Final = 5.0
+# An event may hold the rows of a dry run, and stands on one line.
+_LONGEST_LINE: Final = 1 << 24
 _EVERYWHERE: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104  # asked, not listened on
 
 
@@ -36,7 +38,7 @@ class Client:
         """The answer to DELETE; raises as `get` does."""
         return await self._ask("DELETE", path)
 
-    async def events(self) -> AsyncIterator[tuple[str, Document]]:
+    async def events(self) -> AsyncGenerator[tuple[str, Document], None]:
         """The daemon's events as (kind, document), until it ends; raises DaemonUnavailable."""
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=_ANSWER_S)
         async with self._session(timeout) as session:
@@ -50,7 +52,9 @@ class Client:
                             kind = value
                         elif name == "data":
                             yield kind, json.loads(value)
-            except aiohttp.ClientError as error:
+            except aiohttp.ClientPayloadError:
+                raise DaemonUnavailable(f"the daemon at {self.address} has gone") from None
+            except (TimeoutError, aiohttp.ClientError) as error:
                 raise self._unavailable(error) from error
 
     async def _ask(self, method: str, path: str) -> Document:
@@ -64,7 +68,11 @@ class Client:
     def _session(self, timeout: aiohttp.ClientTimeout) -> aiohttp.ClientSession:
         # Not by a proxy: the daemon is a neighbour.
         return aiohttp.ClientSession(
-            f"http://{self.address}", headers=self._headers, timeout=timeout, trust_env=False
+            f"http://{self.address}",
+            headers=self._headers,
+            timeout=timeout,
+            trust_env=False,
+            read_bufsize=_LONGEST_LINE,
         )
 
     def _unavailable(self, error: Exception) -> BalanceSyncError:

@@ -1,8 +1,12 @@
 """The commands that ask a running daemon."""
 
+import asyncio
 import json
+import signal
+import threading
 from argparse import Namespace
 from collections.abc import Awaitable, Callable
+from contextlib import aclosing
 from datetime import UTC, datetime
 from zoneinfo import ZoneInfo
 
@@ -57,31 +61,54 @@ async def schedule(config: Config, args: Namespace) -> int:
 
 
 async def cancel(config: Config, args: Namespace) -> int:
-    """Cancel the run of this id, else the one that runs."""
+    """Cancel the run of this id, else the one that runs, else the first that waits."""
     client = Client(config.http)
     chosen = str(args.id) if args.id else None
     if chosen is None:
-        current = (await client.get("/status"))["current_run"]
-        if current is None:
-            show.write("nothing runs")
+        status = await client.get("/status")
+        current, waiting = status["current_run"], status["queued_runs"]
+        if current is None and not waiting:
+            show.write("nothing runs, and nothing waits")
             return 1
-        chosen = current["id"]
+        chosen = waiting[0] if current is None else current["id"]
     document = await client.delete(f"/runs/{chosen}")
     if args.json:
         show.as_json(document)
+    elif document["state"] == "cancelled":
+        show.write(f"run {chosen} is cancelled: it was waiting, and has done nothing")
     else:
         show.write(f"run {chosen} is being cancelled: it ends at its next batch")
     return 0
 
 
 async def events(config: Config, args: Namespace) -> int:
-    """Follow what the daemon does, a line an event, until it ends or Ctrl-C."""
-    async for kind, document in Client(config.http).events():
-        if args.json:
-            show.as_json({"event": kind} | document)
-        else:
-            show.write(f"{datetime.now(UTC):%H:%M:%S} {kind} {_in_short(document)}")
+    """Follow what the daemon does, a line an event, until it stops, or SIGINT or SIGTERM."""
+    following = asyncio.ensure_future(_follow(config, as_json=args.json))
+    # Only the main thread can have handlers.
+    signals: tuple[signal.Signals, ...] = (signal.SIGINT, signal.SIGTERM)
+    if threading.current_thread() is not threading.main_thread():
+        signals = ()
+    loop = asyncio.get_running_loop()
+    for each in signals:
+        loop.add_signal_handler(each, following.cancel)
+    try:
+        await asyncio.wait({following})
+    finally:
+        following.cancel()
+        for each in signals:
+            loop.remove_signal_handler(each)
+    if not following.cancelled():
+        following.result()
     return 0
+
+
+async def _follow(config: Config, *, as_json: bool) -> None:
+    async with aclosing(Client(config.http).events()) as found:
+        async for kind, document in found:
+            if as_json:
+                show.write(json.dumps({"event": kind} | document))
+            else:
+                show.write(f"{datetime.now(UTC):%H:%M:%S} {kind} {_in_short(document)}")
 
 
 def _in_short(document: Document) -> str:
