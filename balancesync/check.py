@@ -24,7 +24,8 @@ from balancesync.mapping import Mapping
 from balancesync.model import Batch, Reject
 from balancesync.nodes import Facts
 from balancesync.part import reading_of
-from balancesync.source import Sample, Source
+from balancesync.reading import Sample
+from balancesync.source import Source
 from balancesync.table import Table
 from balancesync.values import show
 

@@ -33,6 +33,7 @@ _ALIASES: Final = {"health": ("health-check", "health_check")}
 _EXAMPLES: Final = {
     "sync": "balancesync sync --dry-run --mapping balances",
     "verify": "balancesync verify --json",
+    "restore": "balancesync restore --dry-run",
     "rejects": "balancesync rejects --reason too_many_decimals --limit 20",
     "runs": "balancesync runs --limit 5",
     "status": "balancesync status --json",
@@ -49,6 +50,7 @@ _EXAMPLES: Final = {
 _HELP: Final = {
     "sync": "copy what has changed from Redis to PostgreSQL, now",
     "verify": "compare Redis with PostgreSQL; writes no balance",
+    "restore": "put PostgreSQL's balances back into Redis, where they're missing",
     "rejects": "what couldn't be stored, and why",
     "runs": "what ran, the newest first",
     "status": "the last run, the last success, what the guard refuses, both servers",
@@ -216,6 +218,10 @@ def _add_sync(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--accept-loss", action="store_true", help="let what the guard would refuse pass, once"
     )
+    _add_wait(command)
+
+
+def _add_wait(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--wait",
         type=_seconds,
@@ -223,6 +229,18 @@ def _add_sync(command: argparse.ArgumentParser) -> None:
         metavar="S",
         help="how long to wait for another writer to end (default 30)",
     )
+
+
+def _add_restore(command: argparse.ArgumentParser) -> None:
+    _add_common(command)
+    _add_mapping(command)
+    command.add_argument(
+        "--overwrite", action="store_true", help="also where Redis has another value"
+    )
+    command.add_argument(
+        "--dry-run", action="store_true", help="show what would come back, and change nothing"
+    )
+    _add_wait(command)
 
 
 def _add_verify(command: argparse.ArgumentParser) -> None:
@@ -265,6 +283,7 @@ def _add_demo(command: argparse.ArgumentParser) -> None:
 _OPTIONS: Final[dict[str, Callable[[argparse.ArgumentParser], None]]] = {
     "sync": _add_sync,
     "verify": _add_verify,
+    "restore": _add_restore,
     "rejects": _add_rejects,
     "runs": _add_runs,
     "status": _add_common,

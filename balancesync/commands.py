@@ -84,6 +84,18 @@ async def verify(config: Config, args: Namespace) -> int:
     return await _run(config, args, request)
 
 
+async def restore(config: Config, args: Namespace) -> int:
+    """Put PostgreSQL's rows back into Redis, or show what would come back."""
+    request = Request(
+        job="restore",
+        trigger="cli",
+        mode="dry_run" if args.dry_run else "apply",
+        mapping=args.mapping,
+        overwrite=args.overwrite,
+    )
+    return await _run(config, args, request, wait_s=args.wait)
+
+
 async def _run(config: Config, args: Namespace, request: Request, *, wait_s: float = 0.0) -> int:
     async with servers(config) as (database, source):
         with follow(terminal=sys.stderr.isatty()) as on_progress:
@@ -262,6 +274,7 @@ async def check(config: Config, args: Namespace) -> int:
 COMMANDS: Final[dict[str, Command]] = {
     "sync": sync,
     "verify": verify,
+    "restore": restore,
     "rejects": rejects,
     "runs": runs,
     "status": status,

@@ -14,7 +14,7 @@ from balancesync.target import Op, Row
 
 Document = dict[str, Any]
 
-OPS: Final[dict[Op, str]] = {"i": "insert", "u": "update", "d": "delete"}
+OPS: Final[dict[Op, str]] = {"i": "insert", "u": "update", "d": "delete", "k": "keep"}
 
 
 def time_text(at: datetime | None) -> str | None:

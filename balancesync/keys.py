@@ -211,6 +211,13 @@ class KeyForm:
             key += text.encode() + literal
         return key
 
+    def print_all(self, columns: Sequence[Sequence[bytes]]) -> list[bytes]:
+        """Make the keys of many texts of each column."""
+        form = b"%b".join(
+            literal.replace(b"%", b"%%") for literal in (self.prefix, *self.separators, self.suffix)
+        )
+        return [form % texts for texts in zip(*columns, strict=True)]
+
     def pattern(self, group: bytes) -> bytes:
         """Match keys that surely fit, and split them in the one way; `group` is `(` or `(?:`."""
         text = re.escape(self.prefix)

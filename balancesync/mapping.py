@@ -113,6 +113,10 @@ class Mapping:
         """
         return self._form.print(texts)
 
+    def print_keys(self, columns: Sequence[Sequence[bytes]]) -> list[bytes]:
+        """Make many keys, given the texts of each key column in UTF-8."""
+        return self._form.print_all(columns)
+
     def parse(self, batch: RawBatch) -> Batch:
         """Turn what was read into rows and rejects: with those vanished, as many as came in."""
         result = _Result()

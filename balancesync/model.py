@@ -45,7 +45,10 @@ Reason = Literal[
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What somebody asked for; `trigger` is startup cron:NAME http sighup cli live or recovery."""
+    """What somebody asked for; `trigger` is startup cron:NAME http sighup cli live or recovery.
+
+    `overwrite` is a restore's: give records that have another value the row's.
+    """
 
     job: Job
     trigger: str
@@ -53,6 +56,7 @@ class Request:
     mapping: str | None = None
     accept_loss: bool = False
     force: bool = True
+    overwrite: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from typing import Final
 
 from balancesync import table as tables
 from balancesync.apply import Applied, Applier
-from balancesync.config import Config
+from balancesync.config import Config, MappingConfig
 from balancesync.database import Database, Steps
 from balancesync.errors import ConfigError, MappingFailed, Refused, RunFailed, TargetMismatch
 from balancesync.history import History
@@ -23,6 +23,39 @@ from balancesync.source import Source
 from balancesync.target import Span, Writer
 
 _CLOCK_SLACK_S: Final = 1.0
+
+
+def chosen_mappings(config: Config, name: str | None) -> list[MappingConfig]:
+    """The mapping of this name, or all; raises ConfigError."""
+    chosen = [each for each in config.mapping if name in (None, each.name)]
+    if not chosen:
+        raise ConfigError(f'there is no mapping "{name}" in the configuration')
+    return chosen
+
+
+async def begin(
+    database: Database,
+    session: Session,
+    run: Run,
+    wait_s: float,
+    while_waiting: Callable[[], None],
+) -> bool:
+    """Bring the schema up to date and take the writer's lock, if `run` is to write; record it.
+
+    Returns whether it is recorded: a dry run may come before there is a schema to record it in.
+    """
+    records, steps = Records(database), Steps(database)
+    connection = session.connection
+    if run.mode == "apply":
+        await steps.upgrade(connection)
+        await session.lock_writer(wait_s, while_waiting)
+        await records.mark_interrupted(connection)
+    elif run.mode == "verify" or await steps.current(connection):
+        await steps.check(connection)
+    recorded = bool(await steps.current(connection))
+    if recorded:
+        await records.begin(connection, run)
+    return recorded
 
 
 class Pipeline:
@@ -57,7 +90,6 @@ class Pipeline:
         self._on_alive = on_alive
         self._records = Records(database)
         self._history = History(database, config.history)
-        self._steps = Steps(database)
         self._rejects = RejectLog()
         self._failures: list[str] = []
         self._sizes: dict[str, int] = {}
@@ -132,17 +164,9 @@ class Pipeline:
         await session.use_any_plan()
 
     async def _open(self, session: Session, wait_s: float) -> None:
-        connection = session.connection
-        if self._request.mode == "apply":
-            await self._steps.upgrade(connection)
-            await session.lock_writer(wait_s, lambda: self._on_progress(Progress("lock")))
-            await self._records.mark_interrupted(connection)
-        elif self._request.mode == "verify" or await self._steps.current(connection):
-            await self._steps.check(connection)
-        # A dry run may come before there is a schema to record it in.
-        self.recorded = bool(await self._steps.current(connection))
-        if self.recorded:
-            await self._records.begin(connection, self._run)
+        self.recorded = await begin(
+            self._database, session, self._run, wait_s, lambda: self._on_progress(Progress("lock"))
+        )
 
     async def _is_recent(self, session: Session) -> bool:
         interval = self._config.schedule.min_interval
@@ -162,12 +186,8 @@ class Pipeline:
 
     async def _parts(self, session: Session) -> list[Part]:
         """The mappings asked for, each with its table checked and its staging table made."""
-        name = self._request.mapping
-        chosen = [config for config in self._config.mapping if name in (None, config.name)]
-        if not chosen:
-            raise ConfigError(f'there is no mapping "{name}" in the configuration')
         found = []
-        for config in chosen:
+        for config in chosen_mappings(self._config, self._request.mapping):
             table = await tables.inspect(session.connection, config)
             if not table.exists and self._request.mode == "apply":
                 table = await tables.create(session.connection, config)
@@ -224,8 +244,9 @@ class Pipeline:
                         session.connection, refusal.mapping, refusal.reason
                     )
             raise Refused(
-                "; ".join(sentences) + ". Nothing was written: bring the keys back, or run"
-                " `balancesync sync --accept-loss` if this is as it should be"
+                "; ".join(sentences) + ". Nothing was written: bring the keys back, as by"
+                " `balancesync restore`, or run `balancesync sync --accept-loss` if this is as it"
+                " should be"
             )
 
     async def _judge_size(self, parts: Sequence[Part]) -> list[Refusal]:

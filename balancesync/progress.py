@@ -24,7 +24,13 @@ from balancesync.part import Progress
 Follow = Callable[[Progress], None]
 
 _EVERY_S: Final = 5.0
-_WORDS: Final = {"scan": "reading", "compare": "comparing", "apply": "writing"}
+_WORDS: Final = {
+    "scan": "reading",
+    "compare": "comparing",
+    "apply": "writing",
+    "restore": "restoring",
+    "prune": "pruning",
+}
 
 log = structlog.get_logger("balancesync")
 

@@ -21,7 +21,7 @@ import hiredis
 
 from balancesync.connection import Connection, pack, pack_each
 from balancesync.errors import RunFailed
-from balancesync.model import RawValue, WrongType
+from balancesync.model import RawBatch, RawValue, WrongType
 
 LONGEST_VALUE: Final = 65_536
 
@@ -30,6 +30,7 @@ _FIRST_PIECE: Final = 4
 _GROWTH: Final = 4
 _AHEAD: Final = 4
 _PAGES_A_SECOND: Final = 10
+_SAMPLE_PAGES: Final = 100
 
 
 Ready: TypeAlias = "tuple[Values, Piece] | None"  # None: a walk has ended
@@ -62,6 +63,14 @@ class Piece:
     keys: list[bytes]
     ignored: int
     reply: asyncio.Future[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Some keys with their values and milliseconds to live, None for a key that stays."""
+
+    batch: RawBatch
+    ttls: list[int | None]
 
 
 class Pace:
@@ -167,6 +176,28 @@ class Values(ABC):
         for piece in self.pieces(keys, 0):
             values += (await self.receive(piece))[0]
         return values
+
+    async def sample(self, reading: Reading, count: int, limit: int, sample: Sample) -> None:
+        """Add to a sample until it has `limit` keys, from the first pages of about `count` keys."""
+        pace = Pace(0, count)
+        cursor, pages = b"", 0
+        while cursor != b"0" and pages < _SAMPLE_PAGES and len(sample.ttls) < limit:
+            asked = self.ask_page(cursor or b"0", reading, self.page_size(pace))
+            cursor, page = await self.receive_page(asked)
+            pages += 1
+            for piece in self.asked(page, reading):
+                found, _ = await self.receive(piece)
+                big = reading.member_key
+                named = piece.keys if big is None else [big] * len(piece.keys)
+                ttls = await self.connection.call_each((b"PTTL",), named)
+                sample.batch.keys.extend(piece.keys)
+                sample.batch.values.extend(found)
+                sample.batch.scanned += len(piece.keys) + piece.ignored
+                for ttl in ttls:
+                    left = self.connection.check(ttl, b"PTTL")
+                    sample.ttls.append(left if left >= 0 else None)
+                if len(sample.ttls) >= limit:
+                    break
 
     @abstractmethod
     def ask(self, keys: list[bytes], ignored: int = 0) -> Piece:

@@ -197,6 +197,10 @@ class Records:
         """Remember that the guard refused; it stands until a success or a restore."""
         await connection.execute(self._sql["save_refusal"], mapping, reason)
 
+    async def lift_refusals(self, connection: Connection, mappings: Sequence[str]) -> None:
+        """Remember that what these mappings had lost is back."""
+        await connection.execute(self._sql["lift_refusals"], list(mappings))
+
     async def forget_old(self, connection: Connection, keep: UUID | None) -> None:
         """Drop what is older than `postgres.keep_runs_days`, at most 10,000 rows a call."""
         days = self._database.config.keep_runs_days

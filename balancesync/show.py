@@ -198,7 +198,7 @@ def _show_report(report: Document, counts: Document, mode: str) -> None:
         cells = [_cell(text) for text in row["key"].values()]
         made.add_row(row["op"], *cells, *(_move(row, name) for name in values))
     write("", made)
-    done = {"insert": "inserted", "update": "updated", "delete": "deleted"}
+    done = {"insert": "inserted", "update": "updated", "delete": "deleted", "keep": "kept"}
     for op, name in done.items():
         more = counts[name] - sum(row["op"] == op for row in rows)
         if more > 0:
@@ -315,7 +315,9 @@ def show_status(status: Document) -> None:
     for refusal in status["refusal"] or ():
         since = moment(refusal["refused_at"])
         text = f'the guard refuses mapping "{refusal["mapping"]}" since {since} UTC: '
-        way = ". Bring the keys back, or `balancesync sync --accept-loss` if it is as it should be"
+        way = (
+            ". `balancesync restore`, or `balancesync sync --accept-loss` if it is as it should be"
+        )
         write(Text(printable(f"{text}{refusal['reason']}{way}"), _STYLES["refused"]))
 
 

@@ -44,22 +44,15 @@ from balancesync.reading import (
     Pace,
     Reading,
     Ready,
+    Sample,
     ScatteredStrings,
     Strings,
     Values,
 )
+from balancesync.writing import Writing
 
 _BATCH_BYTES: Final = 4_000_000
 _EXISTS_PIECE: Final = 500
-_SAMPLE_PAGES: Final = 100
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """Some keys with their values and milliseconds to live, None for a key that stays."""
-
-    batch: RawBatch
-    ttls: list[int | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +186,8 @@ class Source:
         sample = Sample(RawBatch([], [], 0), [])
         async with self._open() as shared:
             for address in shared.layout.holders(reading.member_key):
-                await self._sample(shared.primaries[address].connection, reading, limit, sample)
+                values = self._values(shared.primaries[address].connection, reading)
+                await values.sample(reading, min(self._config.scan_count, limit), limit, sample)
         del sample.batch.keys[limit:], sample.batch.values[limit:], sample.ttls[limit:]
         return sample
 
@@ -234,29 +228,49 @@ class Source:
                 beginning, or the connection was lost. Also after the last batch.
             RunFailed: `member_key` holds another type.
         """
+        async with self._holders(reading, identity) as (_, primaries):
+            connections = [primary.connection for primary in primaries.values()]
+            async with aclosing(self._read(connections, reading)) as batches:
+                async for batch in batches:
+                    yield batch
+
+    @asynccontextmanager
+    async def writing(self, reading: Reading) -> AsyncIterator[Writing]:
+        """Connections of one's own to write a mapping's records by, for the length of a block.
+
+        Raises SourceChanged as `scan` does, at the end of the block, too: what was written may then
+        be on a server that is none any more.
+        """
+        async with self._holders(reading, None) as (layout, primaries):
+            values = {a: self._values(p.connection, reading) for a, p in primaries.items()}
+            pace = Pace(self._config.max_keys_per_second, self._config.scan_count)
+            yield Writing(layout, values, reading, pace)
+
+    @asynccontextmanager
+    async def _holders(
+        self, reading: Reading, identity: Identity | None
+    ) -> AsyncIterator[tuple[Layout, dict[Address, _Primary]]]:
+        """Connections to those who hold the keys, who have to be the same ones at the end."""
         async with AsyncExitStack() as stack:
-            primaries: list[_Primary] = []
+            primaries: dict[Address, _Primary] = {}
             try:
                 layout = await self._locate()
                 for address in layout.holders(reading.member_key):
-                    primaries.append(await self._connect(address, stack))
-                before = [primary.node for primary in primaries]
+                    primaries[address] = await self._connect(address, stack)
+                before = [primary.node for primary in primaries.values()]
                 check_settled(before, whole=reading.member_key is None)
                 if identity and not identity.run_ids.issuperset(node.run_id for node in before):
                     raise SourceChanged(f"Redis at {before[0].address} was restarted")
-                connections = [primary.connection for primary in primaries]
-                for connection in connections:
-                    await connection.measure()
-                async with aclosing(self._read(connections, reading)) as batches:
-                    async for batch in batches:
-                        yield batch
-                after = [await self._describe(connection) for connection in connections]
+                for primary in primaries.values():
+                    await primary.connection.measure()
+                yield layout, primaries
+                after = [await self._describe(p.connection) for p in primaries.values()]
                 for earlier, later in zip(before, after, strict=True):
                     earlier.check_same(later)
                 check_settled(after, whole=reading.member_key is None)
                 await self._check_layout(layout)
             except RedisUnavailable as error:
-                if any(primary.connection.lost for primary in primaries):
+                if any(primary.connection.lost for primary in primaries.values()):
                     raise SourceChanged(f"{error} during the scan") from error
                 raise
 
@@ -297,30 +311,6 @@ class Source:
             for walk in walks:
                 walk.cancel()
             await asyncio.gather(*walks, return_exceptions=True)
-
-    async def _sample(
-        self, connection: Connection, reading: Reading, limit: int, sample: Sample
-    ) -> None:
-        values = self._values(connection, reading)
-        pace = Pace(0, min(self._config.scan_count, limit))
-        cursor, pages = b"", 0
-        while cursor != b"0" and pages < _SAMPLE_PAGES and len(sample.ttls) < limit:
-            asked = values.ask_page(cursor or b"0", reading, values.page_size(pace))
-            cursor, page = await values.receive_page(asked)
-            pages += 1
-            for piece in values.asked(page, reading):
-                found, _ = await values.receive(piece)
-                big = reading.member_key
-                named = piece.keys if big is None else [big] * len(piece.keys)
-                ttls = await connection.call_each((b"PTTL",), named)
-                sample.batch.keys.extend(piece.keys)
-                sample.batch.values.extend(found)
-                sample.batch.scanned += len(piece.keys) + piece.ignored
-                for ttl in ttls:
-                    left = connection.check(ttl, b"PTTL")
-                    sample.ttls.append(left if left >= 0 else None)
-                if len(sample.ttls) >= limit:
-                    break
 
     def _values(self, connection: Connection, reading: Reading) -> Values:
         count = self._config.scan_count

@@ -22,21 +22,25 @@ from balancesync.errors import (
     Transient,
     Unavailable,
 )
-from balancesync.model import Request, Run, Status, new_run
+from balancesync.model import Job, Request, Run, Status, new_run
 from balancesync.part import Progress
 from balancesync.pipeline import Pipeline
 from balancesync.records import Records
 from balancesync.report import Report
+from balancesync.restore import Restore
 from balancesync.source import Source
 
 # A backend finds its client gone within this: see `tcp_user_timeout` and the like in `database`.
 _LINGER_S: Final = 15.0
 
+# What makes one attempt at a job; of all others, the pipeline does.
+_ATTEMPTS: Final[dict[Job, type[Restore]]] = {"restore": Restore}
+
 log = structlog.get_logger("balancesync")
 
 
 class Sync:
-    """Executes one request of the job sync or verify.
+    """Executes one request of the jobs sync, verify and restore.
 
     `failure` is the error behind a status that isn't success, `reports` what a dry run or verify
     found, `is_recorded` whether PostgreSQL holds the run as it ended. `on_progress` is called
@@ -62,7 +66,7 @@ class Sync:
         self.is_recorded = False
         self._ending: RunFailed | None = None
         self._ended = asyncio.Event()
-        self._pipeline: Pipeline | None = None
+        self._pipeline: Pipeline | Restore | None = None
         self._begun = False
 
     @property
@@ -136,7 +140,7 @@ class Sync:
             run.status, run.finished_at, run.duration_s = "running", None, None
             # The lock of an attempt that lost its session falls when PostgreSQL notices.
             patience_s = wait_s if run.attempts == 1 else max(wait_s, _LINGER_S)
-            pipeline = self._pipeline = Pipeline(
+            pipeline = self._pipeline = _ATTEMPTS.get(request.job, Pipeline)(
                 self._config,
                 self._database,
                 self._source,

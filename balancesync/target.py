@@ -14,7 +14,8 @@ from balancesync.session import Session
 from balancesync.statements import staged_columns, statements
 from balancesync.table import Table
 
-Op = Literal["i", "u", "d"]
+# The last one is a restore's: a key that is left as it is.
+Op = Literal["i", "u", "d", "k"]
 
 # Above this many rows of the table for each staged one, its key index is cheaper than one pass.
 _INDEX_RATIO: Final = 4

@@ -17,7 +17,7 @@ from typing import Final
 
 from balancesync import __version__
 from balancesync.errors import BalanceSyncError
-from benchmarks import around, cases, shapes
+from benchmarks import around, back, cases, shapes
 from benchmarks.servers import Bench, Broken, bench
 from benchmarks.table import Row, render
 
@@ -33,6 +33,7 @@ CASES: Final[dict[str, Callable[[Bench], Awaitable[list[Row]]]]] = {
     "hash": shapes.hashes,
     "big": shapes.big,
     "users": shapes.users,
+    "restore": back.restore,
     "memory": around.memory,
 }
 

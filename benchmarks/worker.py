@@ -20,7 +20,7 @@ from balancesync import telemetry
 from balancesync.config import Config, LogConfig, MappingConfig, PostgresConfig, RedisConfig
 from balancesync.database import Database
 from balancesync.errors import BalanceSyncError
-from balancesync.model import Request
+from balancesync.model import Job, Request
 from balancesync.part import Progress
 from balancesync.source import Source
 from balancesync.sync import Sync
@@ -48,8 +48,8 @@ def _config(url: str, dsn: str, mapping: dict[str, Any]) -> Config:
     )
 
 
-async def _run(config: Config) -> dict[str, Any]:
-    """One run as `balancesync sync` does it; the moments are those of perf_counter."""
+async def _run(config: Config, job: Job = "sync") -> dict[str, Any]:
+    """One run as `balancesync` does it; the moments are those of perf_counter."""
     entered: dict[str, float] = {}
 
     def on_progress(progress: Progress) -> None:
@@ -60,7 +60,7 @@ async def _run(config: Config) -> dict[str, Any]:
     async with Source(config.redis) as source:
         work = Sync(config, database, source, on_progress)
         begun = perf_counter()
-        run = await work.run(Request(job="sync", trigger="cli", mode="apply"), wait_s=30)
+        run = await work.run(Request(job=job, trigger="cli", mode="apply"), wait_s=30)
         ended = perf_counter()
     await database.close()
     if work.failure is not None:
@@ -83,6 +83,12 @@ async def sync(url: str, dsn: str, mapping: dict[str, Any]) -> dict[str, Any]:
     return found | {"memory": peak_memory()}
 
 
+async def restore(url: str, dsn: str, mapping: dict[str, Any]) -> dict[str, Any]:
+    """One restore."""
+    found = await _run(_config(url, dsn, mapping), "restore")
+    return {name: found[name] for name in ("seconds", "counts")} | {"memory": peak_memory()}
+
+
 async def sync_for(url: str, dsn: str, mapping: dict[str, Any], seconds: float) -> dict[str, Any]:
     """Runs one after the other for so many seconds: when each was reading."""
     config = _config(url, dsn, mapping)
@@ -97,6 +103,7 @@ async def sync_for(url: str, dsn: str, mapping: dict[str, Any], seconds: float) 
 ACTIONS: dict[str, Callable[..., Coroutine[Any, Any, Any]]] = {
     "sync": sync,
     "sync_for": sync_for,
+    "restore": restore,
     "bare_read": reads.bare_read,
     "source_read": reads.source_read,
     "hmget": reads.hmget,
@@ -106,6 +113,8 @@ ACTIONS: dict[str, Callable[..., Coroutine[Any, Any, Any]]] = {
     "insert": writes.insert,
     "update": writes.update,
     "script": writes.script,
+    "sets": writes.sets,
+    "raw_sets": writes.raw_sets,
     "orm": writes.orm,
     "gets": client.gets,
 }

@@ -1,10 +1,12 @@
-"""Floors of writing, and how others write: what PostgreSQL needs for the same rows."""
+"""Floors of writing, and how others write: what PostgreSQL and Redis need for the same rows."""
 
+import socket
 from datetime import UTC, datetime
 from decimal import Decimal
 from io import BytesIO
 from time import perf_counter
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 import asyncpg
 from redis.asyncio import Redis
@@ -96,6 +98,44 @@ async def script(url: str, dsn: str, table: str) -> dict[str, float]:
         seconds = perf_counter() - begun
     await connection.close()
     return {"seconds": seconds, "found": found}
+
+
+async def sets(url: str, keys: int, seed: int) -> dict[str, float]:
+    """SETs by redis-py, a thousand in a pipeline; the values are made beforehand."""
+    values = {f"balance:{number}": amount(number, seed) for number in range(1, keys + 1)}
+    items = list(values.items())
+    async with Redis.from_url(url, protocol=2, decode_responses=False) as client:
+        await client.ping()
+        begun = perf_counter()
+        for start in range(0, keys, COUNT):
+            pipeline = client.pipeline(transaction=False)
+            for key, value in items[start : start + COUNT]:
+                pipeline.set(key, value)
+            await pipeline.execute()
+        return {"seconds": perf_counter() - begun}
+
+
+async def raw_sets(url: str, keys: int, seed: int) -> dict[str, float]:
+    """The same joined by hand on a plain socket, one pipeline ahead: the limit of writing."""
+    parts = urlsplit(url)
+    values = [(b"balance:%d" % number, amount(number, seed)) for number in range(1, keys + 1)]
+    form = b"*3\r\n$3\r\nSET\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n"
+    with socket.create_connection((str(parts.hostname), int(parts.port or 0))) as client:
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+        def receive(count: int) -> None:
+            left = len(b"+OK\r\n") * count
+            while left:
+                left -= len(client.recv(min(left, 1 << 18)))
+
+        begun, waiting = perf_counter(), 0
+        for start in range(0, keys, COUNT):
+            piece = values[start : start + COUNT]
+            client.sendall(b"".join([form % (len(k), k, len(v), v) for k, v in piece]))
+            receive(waiting)
+            waiting = len(piece)
+        receive(waiting)
+        return {"seconds": perf_counter() - begun}
 
 
 async def orm(dsn: str, table: str, keys: int, sample: int, seed: int) -> dict[str, float]:

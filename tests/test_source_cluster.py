@@ -1,10 +1,13 @@
+import asyncio
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, aclosing, contextmanager
 from itertools import chain
 
+import asyncpg
 import pytest
 import redis as blocking
+from engine import Engine, make_config
 from pydantic import SecretStr
 from redis.crc import key_slot
 
@@ -328,3 +331,37 @@ async def test_sentinels_that_do_not_help(private_redis: Callable[..., RedisServ
     async with Source(RedisConfig(url=SecretStr(guarded.url))) as source:
         with pytest.raises(ConfigError, match="is a Sentinel"):
             await source.identity()
+
+
+def test_a_cluster_gets_each_key_where_it_belongs(
+    cluster: Cluster, postgres_admin_dsn: str
+) -> None:
+    async def scenario() -> None:
+        connection = await asyncpg.connect(postgres_admin_dsn)
+        await connection.execute(
+            "DROP TABLE IF EXISTS scattered; CREATE TABLE scattered (user_id bigint PRIMARY KEY,"
+            " balance numeric(20,2), synced_at timestamptz)"
+        )
+        await connection.execute("INSERT INTO scattered SELECT n, n FROM generate_series(1, 900) n")
+        url = f"redis://127.0.0.1:{cluster.servers[0].port}"
+        made = Engine(
+            make_config(
+                postgres_admin_dsn,
+                url,
+                {"table": "scattered"},
+                redis={"cluster": True},
+                postgres={"schema": "scattered_runs"},
+            )
+        )
+        run = await made.sync(job="restore")
+        assert (run.status, run.counts.inserted) == ("succeeded", 900)
+        assert sum(client.dbsize() for client in cluster.clients) == 900
+        assert (await made.sync(job="restore")).counts.unchanged == 900
+        cluster.clients[cluster.owner(b"balance:5")].set("balance:5", "1")
+        assert (await made.sync(job="restore", overwrite=True)).counts.updated == 1
+        assert (await made.verify()).counts.unchanged == 900
+        await made.close()
+        await connection.execute("DROP TABLE scattered; DROP SCHEMA scattered_runs CASCADE")
+        await connection.close()
+
+    asyncio.run(scenario())

@@ -110,4 +110,5 @@ ON CONFLICT (mapping) DO UPDATE SET refusal = EXCLUDED.refusal,
     refused_at = coalesce(b.refused_at, EXCLUDED.refused_at);
 
 -- name: lift_refusals
-UPDATE {schema}.baselines SET refusal = NULL, refused_at = NULL WHERE refusal IS NOT NULL;
+UPDATE {schema}.baselines SET refusal = NULL, refused_at = NULL
+WHERE mapping = ANY($1::text[]) AND refusal IS NOT NULL;
