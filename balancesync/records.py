@@ -59,9 +59,13 @@ class Records:
         return lock_key("run", self._database.config.schema, str(run))
 
     async def begin(self, connection: Connection, run: Run) -> None:
-        """Show the run as running for as long as this session lives."""
-        await connection.execute("SELECT pg_advisory_lock($1)", self.lock_key_of(run.id))
+        """Record the run, and show it as running for as long as this session lives."""
+        await self.show(connection, run)
         await self.save(connection, run)
+
+    async def show(self, connection: Connection, run: Run) -> None:
+        """Show the run as running for as long as this session lives, beside others that do."""
+        await connection.execute("SELECT pg_advisory_lock_shared($1)", self.lock_key_of(run.id))
 
     async def save(self, connection: Connection, run: Run) -> None:
         """Record the run as it is now."""

@@ -11,7 +11,7 @@ import structlog
 
 from balancesync.apply import Applied
 from balancesync.config import Config
-from balancesync.database import Database
+from balancesync.database import Connection, Database
 from balancesync.errors import (
     BalanceSyncError,
     Cancelled,
@@ -32,6 +32,7 @@ from balancesync.source import Source
 
 # A backend finds its client gone within this: see `tcp_user_timeout` and the like in `database`.
 _LINGER_S: Final = 15.0
+_SHOW_S: Final = 2.0
 
 # What makes one attempt at a job; of all others, the pipeline does.
 _ATTEMPTS: Final[dict[Job, type[Restore]]] = {"restore": Restore}
@@ -68,6 +69,7 @@ class Sync:
         self._ended = asyncio.Event()
         self._pipeline: Pipeline | Restore | None = None
         self._begun = False
+        self._between: Connection | None = None
 
     @property
     def has_read(self) -> bool:
@@ -120,6 +122,9 @@ class Sync:
             run.status = _status_of(error, postpone=postpone)
             close()
             await self._record(run)
+        finally:
+            if self._between is not None:
+                self._between.terminate()
         _log_run(run)
         return run
 
@@ -156,6 +161,8 @@ class Sync:
                 gives_way = postpone and isinstance(error, Unavailable)
                 if gives_way or run.attempts >= retry.attempts:
                     raise
+                self._begun |= pipeline.recorded
+                await self._stay_shown(run)
                 ceiling = min(retry.maximum, retry.initial * 2 ** (run.attempts - 1))
                 pause = random.uniform(0, ceiling)  # noqa: S311  # full jitter, no secret
                 log.warning(
@@ -176,6 +183,18 @@ class Sync:
                 return
             finally:
                 self._begun |= pipeline.recorded
+
+    async def _stay_shown(self, run: Run) -> None:
+        """Show the run as running between its attempts, too, whose sessions are theirs alone."""
+        if not self._begun or (self._between is not None and not self._between.is_closed()):
+            return
+        try:
+            with self._database.translated():
+                async with asyncio.timeout(_SHOW_S):
+                    self._between = await self._database.connect()
+                    await Records(self._database).show(self._between, run)
+        except BalanceSyncError as error:
+            log.debug("the run can't be shown as running", run=str(run.id), error=str(error))
 
     def _progress(self, progress: Progress) -> None:
         if self._ending is not None:

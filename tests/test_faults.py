@@ -32,11 +32,12 @@ from balancesync.errors import (
     TargetMismatch,
     Transient,
 )
-from balancesync.model import RawBatch
+from balancesync.model import RawBatch, Request
 from balancesync.nodes import Identity
 from balancesync.part import Progress
 from balancesync.reading import Reading
 from balancesync.source import Source
+from balancesync.sync import Sync
 
 Make = Callable[..., Engine]
 
@@ -640,3 +641,32 @@ async def test_redis_that_is_emptied_between_two_attempts_is_refused(
     engine.on_progress = lambda progress: None
     await engine.good(accept_loss=True)
     await sound(engine, frail_dsn)
+
+
+async def test_a_run_is_no_interrupted_one_between_its_attempts(
+    private_redis: Callable[..., RedisServer], postgres_dsn: str
+) -> None:
+    redis = private_redis()
+    retry = {"attempts": 9, "initial": 60.0}
+    engine = Engine(make_config(postgres_dsn, redis.url, retry=retry))
+    try:
+        await engine.good()
+        redis.kill()
+        sync = Sync(engine.config, engine.database, engine.source)
+        with capture_logs() as logs:
+            task = asyncio.create_task(sync.run(Request("sync", "cli")))
+            async with asyncio.timeout(20):
+                while not [each for each in logs if each["event"].startswith("attempt failed")]:
+                    await asyncio.wait({task}, timeout=0.02)
+        async with engine.database.acquire() as connection:
+            # What the next writer does, while this run waits.
+            await engine.records.mark_interrupted(connection)
+            [last, _] = await engine.records.runs(connection, limit=2)
+            assert (last.status, last.error) == ("running", None)
+        sync.stop("enough")
+        run = await task
+        recorded = await engine.recorded(run)
+        assert recorded is not None
+        assert (run.status, recorded.status) == ("cancelled", "cancelled")
+    finally:
+        await engine.close()
