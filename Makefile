@@ -3,7 +3,7 @@
 
 BIN := .venv/bin
 
-.PHONY: help setup test demo bench lint format lock pins clean
+.PHONY: help setup test torture demo bench lint format lock pins clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -16,6 +16,9 @@ setup: .venv/.ready ## .venv with the locked packages, by uv or by plain Python
 
 test: .venv/.ready ## all tests, on private servers, with the coverage floor
 	@$(BIN)/pytest -n auto --cov=balancesync $(ARGS)
+
+torture: .venv/.ready ## the fault suite in its long form: some half an hour
+	@BALANCESYNC_TORTURE=1 $(BIN)/pytest -n auto --dist worksteal tests/faults $(ARGS)
 
 demo: .venv/.ready ## real balances from a real Redis into a real PostgreSQL
 	@$(BIN)/python -m balancesync demo $(ARGS)

@@ -6,6 +6,7 @@ the tests empty over and over) name.
 """
 
 import os
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -23,6 +24,23 @@ from balancesync.source import Source
 
 POSTGRES = "BALANCESYNC_TEST_POSTGRES"
 REDIS = "BALANCESYNC_TEST_REDIS"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What the fault suite has done, as its tests tell it: see `faults/conftest.py`."""
+    total: Counter[str] = Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            told = dict(getattr(report, "user_properties", ()))
+            if getattr(report, "when", "") == "call" and "figures" in told:
+                total.update(told["figures"])
+    if total:
+        terminalreporter.write_sep("=", "faults")
+        terminalreporter.write_line(
+            f"{total['faults']:,} faults injected, {total['runs']:,} runs,"
+            f" {total['keys']:,} balances checked:"
+            f" {total['losses']:,} lost, wrong or gone backwards"
+        )
 
 
 @pytest.fixture(autouse=True)

@@ -59,6 +59,7 @@ class Proxy:
         self.port = 0
         self.latency = 0.0  # seconds that each chunk is late
         self.rate = 0.0  # bytes a second of each connection and direction; 0: no limit
+        self.chunks = 0  # that clients have sent
         self._server_port = server_port
         self._listener: asyncio.Server | None = None
         self._links: set[_Link] = set()
@@ -66,6 +67,7 @@ class Proxy:
         self._flows.set()
         self._watches: list[_Watch] = []
         self._left: int | None = None
+        self._steps: dict[int, Callable[[], None]] = {}
 
     async def __aenter__(self) -> Self:
         await self.accept()
@@ -103,6 +105,25 @@ class Proxy:
     def cut_after(self, count: int) -> None:
         """Reset every connection when servers have sent so many bytes from now on; once."""
         self._left = count
+
+    def at_step(self, number: int, act: Callable[[], None]) -> asyncio.Event:
+        """Do it when clients have sent so many chunks from now on, before the server gets the last.
+
+        What `act` does to the connections is done before, too.
+        """
+        event = asyncio.Event()
+
+        def strike() -> None:
+            act()
+            event.set()
+
+        self._steps[self.chunks + number] = strike
+        return event
+
+    def lose_next_reply(self) -> None:
+        """On every connection, reset it in place of the next thing that the server says."""
+        for link in self._links:
+            link.loses_reply = asyncio.Event()
 
     def seen(self, pattern: bytes, *, later: int = 0) -> asyncio.Event:
         """Tell when a client sends this."""
@@ -155,6 +176,9 @@ class Proxy:
         with contextlib.suppress(OSError):
             while chunk := await source.read(_CHUNK):
                 if up:
+                    self.chunks += 1
+                    if step := self._steps.pop(self.chunks, None):
+                        step()
                     self._look(link, chunk)
                 elif link.loses_reply is not None:
                     link.loses_reply.set()
