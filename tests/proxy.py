@@ -120,6 +120,10 @@ class Proxy:
         self._steps[self.chunks + number] = strike
         return event
 
+    def forget_steps(self) -> None:
+        """End `at_step`, if there weren't so many."""
+        self._steps.clear()
+
     def lose_next_reply(self) -> None:
         """On every connection, reset it in place of the next thing that the server says."""
         for link in self._links:

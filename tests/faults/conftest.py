@@ -1,15 +1,18 @@
 """How hard the fault suite tries, and what it counts."""
 
 import os
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import pytest
 from engine import Engine
 from proxy import Proxy
 
+from balancesync.embedded import PostgresServer, RedisServer
 from balancesync.model import Run
 from balancesync.server import Server
 from faults.figures import Figures
+from faults.ground import Frail, connected
 
 TORTURE = "BALANCESYNC_TORTURE"
 
@@ -48,3 +51,25 @@ def figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(Engine, "sync", sync)
     return made
+
+
+@pytest.fixture(scope="package")
+def frail_postgres() -> Iterator[PostgresServer]:
+    """A PostgreSQL that these tests may do anything to."""
+    with PostgresServer(durable=False) as made:
+        yield made
+
+
+@pytest.fixture
+async def frail(
+    frail_postgres: PostgresServer, private_redis: Callable[..., RedisServer], figures: Figures
+) -> AsyncIterator[Frail]:
+    """Both servers may be killed; Redis comes back with everything."""
+    redis = private_redis({"appendonly": "yes", "appendfsync": "always"})
+    async with connected(frail_postgres.dsn) as admin:
+        await admin.execute("DROP SCHEMA IF EXISTS balancesync CASCADE")
+        await admin.execute("DROP TABLE IF EXISTS balances")
+    made = Frail(frail_postgres, redis, figures)
+    await made.begin()
+    yield made
+    await made.close()

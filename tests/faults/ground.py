@@ -1,110 +1,29 @@
-"""An application whose every balance tells whose it is and when it was written.
-
-A balance is version * 1000 + key. So whatever row is looked at, it shows whether it's one of its
-own key's, and whether it has gone back. Nobody else writes, hence the ledger is complete.
-"""
+"""Servers, an application that writes all the time, and what has to hold after each fault."""
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
-from decimal import Decimal
+from typing import Any
+from urllib.parse import urlsplit
 
 import asyncpg
+from engine import Engine, make_config
+from proxy import Proxy
 from redis.asyncio import Redis
 
 from balancesync.database import lock_key
+from balancesync.embedded import PostgresServer, RedisServer
 from faults.figures import Figures
+from faults.ledger import Application, Ledger
 
+KEYS = 300
+# So small that each run takes many steps.
+SMALL: dict[str, Any] = {"redis": {"scan_count": 20}, "postgres": {"apply_batch": 20}}
+# Quick, for nothing here gets better by waiting.
+RETRY = {"attempts": 5, "initial": 0.1, "maximum": 0.1}
+STILL_RUNNING = "SELECT count(*) FROM balancesync.runs WHERE status = 'running'"
 WRITER = lock_key("writer", "balancesync")
-_PER_KEY = 1000
-_AT_ONCE = 8
-_PAUSE_S = 0.004
-
-
-class Ledger:
-    """What each key was ever set to, and what was last seen of it in PostgreSQL."""
-
-    def __init__(self, keys: int, figures: Figures) -> None:
-        assert keys < _PER_KEY
-        self.keys = range(keys)
-        self._figures = figures
-        self._version = 0
-        self._written: dict[int, list[int]] = {key: [] for key in self.keys}
-        self._seen: dict[int, int] = {}
-
-    def write(self, keys: Iterable[int]) -> dict[str, str]:
-        """New balances for these keys, noted before anybody can read them."""
-        made = {}
-        for key in keys:
-            self._version += 1
-            self._written[key].append(self._version)
-            made[f"balance:{key}"] = str(self._version * _PER_KEY + key)
-        return made
-
-    def newest(self) -> dict[int, Decimal]:
-        """The balance that each key has now."""
-        return {
-            key: Decimal(versions[-1] * _PER_KEY + key)
-            for key, versions in self._written.items()
-            if versions
-        }
-
-    async def check(self, pg: asyncpg.Connection) -> None:
-        """Look at every row: a balance of its own key, none of before what was seen, none gone."""
-        rows = {
-            row["user_id"]: row["balance"]
-            for row in await pg.fetch("SELECT user_id, balance FROM balances")
-        }
-        wrong = [f"{key} is gone" for key in self._seen.keys() - rows.keys()]
-        for key, balance in rows.items():
-            version, owner = divmod(int(balance), _PER_KEY)
-            if balance != int(balance) or owner != key or version not in self._written[key]:
-                wrong.append(f"{key} has {balance}, which it never had in Redis")
-            elif version < self._seen.get(key, 0):
-                wrong.append(f"{key} went back from {self._seen[key]} to {version}")
-            else:
-                self._seen[key] = version
-        self._figures.checked(len(rows), len(wrong))
-        assert not wrong, wrong
-
-    async def check_equal(self, pg: asyncpg.Connection) -> None:
-        """Look at every row: what its key has in Redis now."""
-        await self.check(pg)
-        found = {
-            row["user_id"]: row["balance"]
-            for row in await pg.fetch("SELECT user_id, balance FROM balances")
-        }
-        assert found == self.newest()
-
-
-class Application:
-    """Writes balances without a pause, except within `async with application.paused`."""
-
-    def __init__(self, url: str, ledger: Ledger, chance: random.Random) -> None:
-        self.paused = asyncio.Lock()
-        self._url = url
-        self._ledger = ledger
-        self._chance = chance
-
-    @asynccontextmanager
-    async def at_work(self) -> AsyncIterator[None]:
-        """Write for the length of a block; a failure to do so fails it."""
-        task = asyncio.create_task(self._serve())
-        try:
-            yield
-            assert not task.done(), task.exception()
-        finally:
-            task.cancel()
-            await asyncio.wait([task])
-
-    async def _serve(self) -> None:
-        async with Redis.from_url(self._url) as client:
-            while True:
-                async with self.paused:
-                    keys = self._chance.sample(self._ledger.keys, _AT_ONCE)
-                    await client.mset(self._ledger.write(keys))
-                await asyncio.sleep(_PAUSE_S)
 
 
 async def until(pg: asyncpg.Connection, sql: str, *arguments: object, within_s: float = 20) -> None:
@@ -131,9 +50,108 @@ async def connected(dsn: str) -> AsyncIterator[asyncpg.Connection]:
         await connection.close()
 
 
+def through(dsn: str, proxy: Proxy) -> str:
+    """The DSN by way of the proxy."""
+    user = urlsplit(dsn).netloc.rpartition("@")[0]
+    return urlsplit(dsn)._replace(netloc=f"{user}@127.0.0.1:{proxy.port}").geturl()
+
+
 def spread(chance: random.Random, whole: int, count: int) -> Sequence[int]:
     """So many of the steps from 1 to `whole`, at random but everywhere; all, if there are fewer."""
     if count >= whole:
         return range(1, whole + 1)
     size = whole / count
     return [1 + int(size * (number + chance.random())) for number in range(count)]
+
+
+class Ground:
+    """Both servers, an application that writes, and an engine that looks after each fault."""
+
+    def __init__(self, dsn: str, url: str, figures: Figures) -> None:
+        # Which steps and keys are chosen: the same each time.
+        self.chance = random.Random(4711)  # noqa: S311
+        self.figures = figures
+        self.ledger = Ledger(KEYS, figures)
+        self.application = Application(url, self.ledger, self.chance)
+        self.url = url
+        self.engine = Engine(make_config(dsn, url, **SMALL))
+
+    async def begin(self) -> None:
+        """A first success."""
+        await self.write(self.ledger.keys)
+        await self.engine.good()
+
+    async def close(self) -> None:
+        """Close its connections."""
+        await self.engine.close()
+
+    async def write(self, keys: Iterable[int]) -> None:
+        """New balances of these keys."""
+        async with Redis.from_url(self.url) as client:
+            await client.mset(self.ledger.write(keys))
+
+    async def prove(self, pg: asyncpg.Connection) -> None:
+        """What has to hold after every fault; the application waits meanwhile."""
+        async with self.application.paused:
+            await self.ledger.check(pg)
+            await until_free(pg)
+            await self.engine.good()
+            async with Redis.from_url(self.url) as client:
+                await self.ledger.check_equal(pg, client)
+            run = await self.engine.verify()
+            assert (run.counts.unchanged, run.counts.scanned) == (KEYS, KEYS)
+            assert not await pg.fetchval(STILL_RUNNING)
+
+
+class Frail(Ground):
+    """A ground whose servers may be killed."""
+
+    def __init__(self, postgres: PostgresServer, redis: RedisServer, figures: Figures) -> None:
+        super().__init__(postgres.dsn, redis.url, figures)
+        self.postgres = postgres
+        self.server = redis
+
+    @asynccontextmanager
+    async def watched(self) -> AsyncIterator[tuple[Engine, Proxy, Proxy]]:
+        """An engine, and the proxies that it goes through to PostgreSQL and to Redis."""
+        async with Proxy(self.postgres.port) as before, Proxy(self.server.port) as source:
+            sections: dict[str, Any] = {**SMALL, "retry": RETRY}
+            url = f"redis://127.0.0.1:{source.port}/0"
+            made = Engine(make_config(through(self.postgres.dsn, before), url, **sections))
+            yield made, before, source
+            await made.close()
+
+    async def survive(
+        self, strike: Callable[[], None], *, source_steps: bool = False, count: int
+    ) -> None:
+        """A run for each fault, which strikes at steps all over it, and succeeds all the same."""
+        async with self.watched() as (engine, before, source), self.application.at_work():
+            proxy = source if source_steps else before
+            began = proxy.chunks
+            await engine.good()
+            steps = proxy.chunks - began
+            again = 0
+            for step in spread(self.chance, steps, count):
+                await self.write(self.ledger.keys)
+                proxy.at_step(step, strike)
+                async with asyncio.timeout(60):
+                    run = await engine.good()
+                again += run.attempts > 1
+                proxy.forget_steps()
+                async with connected(self.postgres.dsn) as pg:
+                    await self.prove(pg)
+        # Not each costs an attempt, but if none did, nothing was struck.
+        assert again >= count / 4
+
+    def kill_postgres(self) -> None:
+        self.postgres.kill()
+        self.postgres.start()
+
+    def kill_redis(self) -> None:
+        self.server.kill()
+        self.server.start()
+
+    def kill_both(self) -> None:
+        self.postgres.kill()
+        self.kill_redis()
+        self.postgres.start()

@@ -1,60 +1,18 @@
 """SIGKILL at any step of a run, of the daemon, of PostgreSQL, of Redis, under traffic."""
 
 import asyncio
-import random
 from collections.abc import AsyncIterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import asyncpg
 import pytest
-from engine import Engine, make_config
 from proxy import Proxy
-from redis.asyncio import Redis
 from running import free_port
 
 from faults.figures import Figures
 from faults.forked import Forked
-from faults.ground import Application, Ledger, spread, until, until_free
-
-KEYS = 300
-SMALL = {"redis": {"scan_count": 20}, "postgres": {"apply_batch": 20}}
-NEWEST = "SELECT status FROM balancesync.runs ORDER BY id DESC LIMIT 1"
-# As whoever asks for the runs is told: one whose process is gone is interrupted.
-STILL_RUNNING = "SELECT count(*) FROM balancesync.runs WHERE status = 'running'"
-
-
-def through(dsn: str, proxy: Proxy) -> str:
-    return urlsplit(dsn)._replace(netloc=f"postgres@127.0.0.1:{proxy.port}").geturl()
-
-
-class Ground:
-    """Both servers, an application that writes, and an engine that looks after each fault."""
-
-    def __init__(self, dsn: str, url: str, figures: Figures, **sections: object) -> None:
-        self.chance = random.Random(4711)  # noqa: S311  # which steps, the same each time
-        self.figures = figures
-        self.ledger = Ledger(KEYS, figures)
-        self.application = Application(url, self.ledger, self.chance)
-        self.engine = Engine(make_config(dsn, url, **SMALL, **sections))
-        self._url = url
-
-    async def begin(self) -> None:
-        """A first success."""
-        async with Redis.from_url(self._url) as client:
-            await client.mset(self.ledger.write(self.ledger.keys))
-        await self.engine.good()
-
-    async def prove(self, pg: asyncpg.Connection) -> None:
-        """What has to hold after every fault; the application waits meanwhile."""
-        async with self.application.paused:
-            await self.ledger.check(pg)
-            await until_free(pg)
-            await self.engine.good()
-            await self.ledger.check_equal(pg)
-            run = await self.engine.verify()
-            assert (run.counts.unchanged, run.counts.scanned) == (KEYS, KEYS)
-            assert not await pg.fetchval(STILL_RUNNING)
+from faults.ground import Frail, Ground, spread, through, until, until_free
 
 
 @pytest.fixture
@@ -62,7 +20,7 @@ async def ground(postgres_dsn: str, redis_url: str, figures: Figures) -> AsyncIt
     made = Ground(postgres_dsn, redis_url, figures)
     await made.begin()
     yield made
-    await made.engine.close()
+    await made.close()
 
 
 async def test_the_daemon_killed_at_any_step_under_traffic(
@@ -114,3 +72,20 @@ async def test_the_daemon_killed_at_any_step_under_traffic(
                 await ground.prove(pg)
     # Else this test has looked at starts and ends alone.
     assert interrupted > 2
+
+
+# --- the servers ----------------------------------------------------------------------------------
+
+
+async def test_postgres_killed_at_any_step_under_traffic(frail: Frail, *, torture: bool) -> None:
+    await frail.survive(frail.kill_postgres, count=100 if torture else 4)
+
+
+async def test_redis_killed_at_any_step_of_the_reading_under_traffic(
+    frail: Frail, *, torture: bool
+) -> None:
+    await frail.survive(frail.kill_redis, source_steps=True, count=100 if torture else 4)
+
+
+async def test_both_killed_at_once_under_traffic(frail: Frail, *, torture: bool) -> None:
+    await frail.survive(frail.kill_both, count=50 if torture else 2)
