@@ -20,6 +20,7 @@ from balancesync.facts import Facts, without_report
 from balancesync.listener import HttpProblem, reply, reply_bytes
 from balancesync.metrics import CONTENT_TYPE, Metrics
 from balancesync.model import Reason, Request, Run
+from balancesync.page import INDEX, Page
 from balancesync.parameters import Parameters, parse_uuid
 from balancesync.reads import Reads
 from balancesync.records import KeptReject, Records
@@ -28,7 +29,6 @@ from balancesync.state import State
 
 _MOST_ROWS: Final = 1000
 _ROWS: Final = 100
-_TEXT: Final = "text/plain; charset=utf-8"
 _FORGET_AT_ONCE: Final = 10_000
 
 log = structlog.get_logger("balancesync")
@@ -70,15 +70,18 @@ class Api:
         self._metrics = metrics
         self._reads = Reads(database, state)
         self._mappings = {mapping.name: mapping for mapping in config.mapping}
+        needed = "needed" if config.http.token.get_secret_value() else ""
+        self._page = Page({"version": __version__, "token": needed})
         self._openapi = openapi.document(config)
         self.stopping = asyncio.Event()
 
     async def page(self, call: Call) -> web.Response:
-        """The endpoints, for people."""
-        lines = [f"balancesync {__version__}, {self._state.name}: {self._facts.state}", ""]
-        for path, methods in self._openapi["paths"].items():
-            lines += [f"{name.upper():<7}{path}  {op['summary']}" for name, op in methods.items()]
-        return reply_bytes("\n".join([*lines, ""]).encode(), _TEXT)
+        """The status page, or a file of it."""
+        name = "/".join(call.segments) or INDEX
+        answer = self._page.answer(name, call.request.headers.get("If-None-Match"))
+        if answer is None:
+            raise HttpProblem(404, "not_found", "the page has no such file")
+        return answer
 
     async def openapi(self, call: Call) -> web.Response:
         """This API, described."""

@@ -130,6 +130,7 @@ class Facts:
             "queued_runs": [str(ticket.run.id) for ticket in self._runner.queued],
             "next_run_at": time_text(min(fires, default=None)),
             "live": self._state.live,
+            "health": self._health(recorded)[1],
             "recorded_age_s": None if recorded is None else round(self._records.age_s, 3),
         }
 
@@ -138,10 +139,12 @@ class Facts:
 
         A standby or draining daemon is none to be replaced: it's never unhealthy.
         """
+        return self._health(await self._recorded())
+
+    def _health(self, recorded: overview.Recorded | None) -> tuple[int, Document]:
         state = self._state
         checks = overview.server_checks(state.redis, state.postgres)
         if state.postgres.connected:
-            recorded = await self._recorded()
             if recorded is not None:
                 checks |= overview.recorded_checks(
                     self._config, recorded, self._records.age_s, overdue_s=self._overdue_s()

@@ -251,9 +251,33 @@ def _probes() -> Schema:
                 "openapi", "this document", {200: _answer("OpenAPI 3.1.", {"type": "object"})}
             )
         },
+        **_page(),
+    }
+
+
+def _page() -> Schema:
+    kinds = ("text/css", "text/javascript")
+    name = _parameter("name", {**TEXT, "examples": ["app.js"]}, "Its name.", place="path")
+    file: Schema = {
+        "description": "A file of the status page.",
+        "content": {kind: {"schema": TEXT} for kind in kinds},
+    }
+    known: Schema = {"description": "The file that If-None-Match names."}
+    return {
         "/": {
             "get": _operation(
-                "page", "this list", {200: _answer("For people.", TEXT, "text/plain")}
+                "page",
+                "the status page, for people",
+                {200: _answer("The page.", TEXT, "text/html"), 304: known},
+            )
+        },
+        "/static/{name}": {
+            "get": _operation(
+                "file",
+                "what the status page needs",
+                {200: file, 304: known},
+                errors=(404,),
+                parameters=(name,),
             )
         },
     }

@@ -133,7 +133,9 @@ def status_document(
         "last_run": None,
         "last_success_at": None,
         "last_success_age_s": None,
+        "safe_until": None,
         "refusal": None,
+        "rejects": None,
     }
     if recorded is not None:
         current, last, success = recorded.current, recorded.last, recorded.success
@@ -143,7 +145,10 @@ def status_document(
             "last_run": run_document(last) if last else None,
             "last_success_at": time_text(success.finished_at) if success else None,
             "last_success_age_s": recorded.success_age_s(later_s),
+            # Each key was read after the run began: what was written until then is in PostgreSQL.
+            "safe_until": time_text(success.started_at) if success else None,
             "refusal": recorded.refusals or None,
+            "rejects": recorded.rejects,
         }
     return document | {"redis": asdict(redis), "postgres": asdict(postgres)}
 

@@ -130,6 +130,7 @@ class Web:
     def _routes_of_trees(self) -> dict[str, _Methods]:
         api = self._api
         return {
+            "/static/": {"GET": _Route(api.page)},
             f"{PREFIX}/balances/": {"GET": _Route(api.balance, secret=True)},
             f"{PREFIX}/runs/": {
                 "GET": _Route(api.run),

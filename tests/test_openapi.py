@@ -68,7 +68,7 @@ async def test_every_route_is_described_and_the_other_way_round(
         for path, method in product(described, METHODS):
             if (path, method) == (ENDLESS, "GET"):
                 continue
-            real = path.format(id=run, user_id="1", currency="EUR")
+            real = path.format(id=run, user_id="1", currency="EUR", name="app.js")
             async with site.client.request(method, real) as answer:
                 known = method.lower() in described[path]
                 assert (answer.status != 405) == known, (method, path)
@@ -79,7 +79,7 @@ async def test_every_route_is_described_and_the_other_way_round(
                     assert allowed == set(described[path])
         served = json.loads(await (await site.client.get("/openapi.json")).text())
         assert served == document()
-        trees = (f"{PREFIX}/balances/", f"{PREFIX}/runs/")
+        trees = (f"{PREFIX}/balances/", f"{PREFIX}/runs/", "/static/")
         prefixes = {
             next((tree for tree in trees if path.startswith(tree)), path) for path in described
         }
@@ -136,7 +136,7 @@ async def test_schemathesis(
         if well:
             await site.sync()
         seen = await asyncio.to_thread(ask_everything, site.web.address, "s3cret")
-    assert len(seen) == 17
+    assert len(seen) == 18
     assert all(seen.values())
     errors = {status for statuses in seen.values() for status in statuses if status >= 500}
     assert errors == (set() if well else {503})

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
 from time import perf_counter
@@ -14,8 +15,9 @@ import pytest
 from daemon_site import PREFIX, Site
 from engine import make_config
 from redis.asyncio import Redis
+from yarl import URL
 
-from balancesync import stream
+from balancesync import __version__, stream
 from balancesync.embedded import PostgresServer, RedisServer
 from balancesync.errors import ConfigError
 from balancesync.model import Request
@@ -123,12 +125,26 @@ async def test_livez_fails_when_the_runner_is_stuck(site: Site) -> None:
         assert (live.status, await live.json()) == (503, {"status": "stuck"})
 
 
-async def test_the_page_lists_the_endpoints(site: Site) -> None:
+async def test_the_page_and_its_files(site: Site) -> None:
     async with site.client.get("/") as page:
         text = await page.text()
-        assert page.content_type == "text/plain"
-    assert "POST   /sync-management/force-sync" in text
-    assert "here:1: idle" in text
+        assert page.content_type == "text/html"
+        assert page.headers["Content-Security-Policy"].startswith("default-src 'none'; ")
+        assert "unsafe" not in page.headers["Content-Security-Policy"]
+    assert f'data-version="{__version__}"' in text
+    named = re.findall(r'(?:src|href)="static/([^"]+)"', text)
+    assert "app.js" in named
+    assert not re.search(r"<style|<script>| style=| on[a-z]+=|https?:", text)
+    for name in named:
+        async with site.client.get(f"/static/{name}") as file:
+            assert (file.status, len(await file.read()) > 0) == (200, True)
+            tag = file.headers["ETag"]
+        known = {"If-None-Match": tag}
+        async with site.client.get(f"/static/{name}", headers=known) as file:
+            assert (file.status, await file.read(), file.headers["ETag"]) == (304, b"", tag)
+    for name in ("uplot.LICENSE", "../page.py", "%2e%2e/page.py", "index.html/x"):
+        async with site.client.get(URL(f"/static/{name}", encoded=True)) as none:
+            assert none.status == 404
 
 
 async def test_schedule(site: Site) -> None:

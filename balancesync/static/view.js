@@ -1,0 +1,262 @@
+// Shows what the daemon says. Texts become text nodes: nothing is ever parsed as HTML.
+
+import * as words from "./words.js";
+
+const ICON = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16"><circle cx="8" cy="8" r="7" fill="COLOUR"/></svg>';
+const WRITTEN = ["inserted", "updated", "deleted"];
+const COLOURS = { ok: "#17702f", warn: "#d99a00", bad: "#c01c28", wait: "#0a58a8" };
+
+export const byId = (id) => document.getElementById(id);
+
+// An element with these children; what isn't an element is text.
+function make(tag, className, ...children) {
+  const made = document.createElement(tag);
+  if (className) made.className = className;
+  made.append(...children.map((child) => child ?? ""));
+  return made;
+}
+
+// Only a change is announced, and only a change costs a layout.
+export function say(id, text, className) {
+  const element = byId(id);
+  if (element.textContent !== text) element.textContent = text;
+  if (className !== undefined) element.className = className;
+}
+
+function fill(body, rows) {
+  body.replaceChildren(...rows);
+}
+
+function table(head, rows, right = []) {
+  const cells = head.map((text, index) => {
+    const cell = make("th", right.includes(index) ? "n" : "", text);
+    cell.scope = "col";
+    return cell;
+  });
+  return make("table", "", make("thead", "", make("tr", "", ...cells)), make("tbody", "", ...rows));
+}
+
+function pill(status) {
+  const ok = words.ENDED_WELL.includes(status);
+  const level = ok ? "ok" : words.ENDED_BADLY.includes(status) ? "bad" : "warn";
+  return make("span", `pill ${level}`, status);
+}
+
+function time(text, now) {
+  const made = make("time", "", words.moment(text, now));
+  made.dateTime = text;
+  made.title = `${text.slice(0, 19).replace("T", " ")} UTC`;
+  return made;
+}
+
+export function showVerdict(found) {
+  byId("verdict").dataset.level = found.level;
+  say("verdict-title", found.title);
+  say("verdict-detail", found.detail);
+  const mark = { ok: "✓ Safe", warn: "! Look", bad: "✗ Act", wait: "… " }[found.level];
+  document.title = `${mark} · balancesync`;
+  byId("icon").href = `data:image/svg+xml,${encodeURIComponent(ICON.replace("COLOUR", COLOURS[found.level]))}`;
+}
+
+export function showState(status) {
+  const levels = { idle: "", running: "run", standby: "", draining: "warn" };
+  say("state", status.state, `pill ${levels[status.state]}`);
+  const leads = status.leader && status.leader !== status.name;
+  say("host", leads ? `${status.name}; ${status.leader} leads and runs` : status.name);
+}
+
+// What goes on with the time: ages, and the way to the next run.
+export function showTimes(status, elapsed, now) {
+  const age = status.last_success_age_s;
+  say("age", age === null ? "none yet" : `${words.about(age + elapsed)} ago`);
+  const next = status.next_run_at;
+  const left = next ? (Date.parse(next) - now) / 1000 : 0;
+  const due = left > 0 ? `in ${words.about(left)}, at ${next && words.moment(next, now)}` : "now";
+  const owner = status.state === "standby" ? ` (${status.leader} runs it)` : "";
+  say("next", next ? due + owner : "none planned");
+}
+
+export function showServers(status) {
+  for (const name of ["redis", "postgres"]) {
+    const server = status[name];
+    const detail = server.connected
+      ? `Version ${server.version}, answers in ${server.latency_ms.toFixed(1)} ms`
+      : server.error;
+    tile(name, server.connected ? "up" : "down", server.connected ? "ok" : "bad", detail);
+  }
+  const level = { off: "", up: "ok", "catching up": "warn", down: "bad" }[status.live];
+  const live = {
+    off: "Changes are copied by the runs alone",
+    up: "Changes are copied as they are made",
+    "catching up": "A full run comes first",
+    down: "Changes wait for the next run",
+  }[status.live];
+  tile("live", status.live, level, live);
+  const rows = words.rejectsOf(status);
+  const sum = rows.reduce((total, row) => total + row.number, 0);
+  const over = status.health.checks.rejects?.status === "degraded";
+  const kinds = rows.length > 1 ? `${words.plural(rows.length, "kind", "kinds")}, most: ${rows[0].name}` : rows[0]?.name;
+  tile("open", status.rejects ? words.count(sum) : "unknown", sum ? (over ? "bad" : "warn") : "",
+    kinds ?? (status.rejects ? "Every record could be stored" : "PostgreSQL has never answered"));
+}
+
+function tile(id, text, level, detail) {
+  const [, word, small] = byId(id).children;
+  word.className = `pill ${level}`;
+  if (word.textContent !== text) word.textContent = text;
+  if (small.textContent !== detail) small.textContent = detail;
+}
+
+export function showRefusal(status, now) {
+  byId("refusal").hidden = !status.refusal;
+  const rows = (status.refusal ?? []).map((each) => {
+    const since = each.refused_at ? [" Since ", time(each.refused_at, now), "."] : [];
+    return make("li", "", make("b", "", each.mapping), `: ${each.reason}.`, ...since);
+  });
+  fill(byId("refused"), rows);
+}
+
+// A run under way; `pace` is { perSecond, left } as far as it's known.
+export function showCurrent(run, queued, pace) {
+  byId("current").hidden = !run;
+  if (!run) return;
+  const waiting = queued ? `; ${words.plural(queued, "more waits", "more wait")}` : "";
+  say("current-title", `Under way: ${words.nameOf(run)}, ${words.asked(run.trigger)}${waiting}`);
+  byId("cancel").hidden = run.trigger === "cli";
+  const progress = run.progress;
+  const bar = byId("bar");
+  if (progress?.ratio === null || progress?.ratio === undefined) bar.removeAttribute("value");
+  else bar.value = progress.ratio;
+  say("far", far(run, progress, pace));
+}
+
+function far(run, progress, pace) {
+  if (!progress) return run.trigger === "cli" ? "A command runs it: end it there with Ctrl-C." : "Starting…";
+  const doing = { scan: "Reading", compare: "Comparing", apply: "Writing" }[progress.phase] ?? progress.phase;
+  const parts = [`${doing} ${progress.mapping ?? ""}`.trim()];
+  if (progress.total) parts.push(`${words.count(progress.done)} of ${words.count(Math.max(progress.total, progress.done))}`);
+  else if (progress.done) parts.push(words.count(progress.done));
+  if (pace.perSecond) parts.push(`${words.short(pace.perSecond)}/s`);
+  if (pace.left) parts.push(`${words.about(pace.left)} left`);
+  return parts.join(" · ");
+}
+
+export function showRuns(runs, shown, now, knows) {
+  const few = runs.slice(0, shown);
+  byId("runs-none").hidden = runs.length > 0 && knows;
+  say("runs-none", knows ? "Nothing has run yet." : "The runs before are in PostgreSQL's keeping: they show when it's back.");
+  byId("runs").parentElement.hidden = runs.length === 0;
+  byId("more").hidden = runs.length <= shown;
+  fill(byId("runs").tBodies[0], few.flatMap((run) => runRows(run, now)));
+}
+
+function runRows(run, now) {
+  const what = make("small", "", `${words.nameOf(run)} ${words.asked(run.trigger)}`);
+  const row = make("tr", "", make("td", "", time(run.started_at, now), what), make("td", "", pill(run.status)),
+    make("td", "n", run.duration_s === null ? "–" : words.span(run.duration_s)),
+    make("td", "n wide", words.count(run.scanned)));
+  const number = (of) => (of ? words.count(of) : make("span", "soft", "0"));
+  for (const name of WRITTEN) row.append(make("td", "n wide", number(run[name])));
+  row.append(make("td", "n narrow", number(WRITTEN.reduce((sum, name) => sum + run[name], 0))));
+  row.append(make("td", "n", number(run.rejected)));
+  row.title = run.id;
+  const notes = run.warnings.map((warning) => make("small", "warn", warning));
+  if (run.error) notes.unshift(make("small", words.ENDED_BADLY.includes(run.status) ? "bad" : "warn", run.error));
+  if (!notes.length) return [row];
+  const cell = make("td", "", ...notes);
+  cell.colSpan = row.cells.length;
+  row.className = "noted";
+  return [row, make("tr", "", cell)];
+}
+
+export function showRejects(status, onSamples) {
+  const rows = words.rejectsOf(status);
+  byId("rejects-none").hidden = rows.length > 0 || !status.rejects;
+  byId("rejects").parentElement.hidden = rows.length === 0;
+  if (!rows.length) byId("samples").hidden = true;
+  fill(byId("rejects").tBodies[0], rows.map((row) => rejectRow(row, onSamples)));
+}
+
+function rejectRow(row, onSamples) {
+  const button = make("button", "", "Samples");
+  button.type = "button";
+  button.setAttribute("aria-label", `Samples of ${row.name} in ${row.mapping}`);
+  button.onclick = () => onSamples(row);
+  return make("tr", "",
+    make("td", "text", make("code", "", row.name), ` in ${row.mapping}`, make("small", "", words.reason(row.name))),
+    make("td", "n", words.count(row.number)), make("td", "n", button));
+}
+
+export function showSamples(row, rejects, now) {
+  const first = rejects.length < row.number ? `the newest ${rejects.length} of ${words.count(row.number)}` : `all ${rejects.length}`;
+  say("samples-title", `${row.name} in ${row.mapping}: ${first}`);
+  say("samples-all", `balancesync rejects --mapping ${row.mapping} --reason ${row.name} --limit ${row.number}`);
+  fill(byId("samples").querySelector("tbody"), rejects.map((each) => make("tr", "",
+    make("td", "text", make("code", "", cut(each.key))),
+    make("td", "text", each.value === null ? make("span", "soft", "none") : make("code", "", cut(each.value))),
+    make("td", "text", each.detail), make("td", "nowrap", time(each.first_seen, now)))));
+  byId("samples").hidden = false;
+  byId("samples-title").focus();
+}
+
+function cut(text) {
+  return text.length > 120 ? `${text.slice(0, 120)}…` : text;
+}
+
+// The result of a dry run, with amounts as they came: exact texts.
+export function showFound(run) {
+  const body = byId("found-body");
+  const title = run.status === "succeeded" ? "What a sync would do" : `The dry run was ${run.status}`;
+  say("found-title", title);
+  const parts = run.error ? [make("p", "", run.error)] : [countsTable(run)];
+  for (const report of run.report ?? []) parts.push(...reportParts(report, run));
+  body.replaceChildren(...parts);
+  byId("found").hidden = false;
+  byId("found-title").focus();
+}
+
+function scroll(inner, label) {
+  const made = make("div", "scroll", inner);
+  made.tabIndex = 0;
+  made.setAttribute("role", "region");
+  made.setAttribute("aria-label", label);
+  return made;
+}
+
+function countsTable(run) {
+  const names = ["scanned", ...words.OUTCOMES, "absent"];
+  const rows = Object.entries(run.mappings).map(([name, counts]) =>
+    make("tr", "", make("td", "", name), ...names.map((each) => make("td", "n", words.count(counts[each])))));
+  const head = ["Mapping", ...names.map((name) => name.replace("_", " "))];
+  return scroll(table(head, rows, names.map((_, index) => index + 1)), "Counts by mapping");
+}
+
+function reportParts(report, run) {
+  const parts = [];
+  if (report.rows.length) {
+    const keys = Object.keys(report.rows[0].key);
+    const values = Object.keys(report.rows[0].new ?? report.rows[0].old);
+    const rows = report.rows.map((row) => make("tr", "",
+      make("td", "", row.op),
+      ...keys.map((name) => make("td", "text", make("code", "", cut(row.key[name])))),
+      ...values.map((name) => make("td", "n", ...move(row, name)))));
+    const right = values.map((_, index) => 1 + keys.length + index);
+    const counts = run.mappings[report.mapping];
+    const all = counts.inserted + counts.updated + counts.deleted;
+    const more = all > report.rows.length ? `: the first ${report.rows.length} of ${words.count(all)} rows` : "";
+    parts.push(make("h3", "", `${report.mapping}${more}`), scroll(table(["Change", ...keys, ...values], rows, right), `Rows of ${report.mapping}`));
+  }
+  for (const [column, total] of Object.entries(report.totals)) {
+    const sign = total.startsWith("-") ? "" : "+";
+    const moved = /[1-9]/.test(total) ? `would change by ${sign}${total}` : "would stay the same";
+    parts.push(make("p", "", `The total of ${column} in ${report.mapping} ${moved}.`));
+  }
+  return parts;
+}
+
+function move(row, column) {
+  const one = (side) => (row[side][column] === null ? make("span", "soft", "NULL") : make("code", "", cut(row[side][column])));
+  if (!row.old) return [one("new")];
+  if (!row.new) return [one("old"), " → gone"];
+  return row.old[column] === row.new[column] ? [one("new")] : [one("old"), " → ", one("new")];
+}
