@@ -1,0 +1,259 @@
+"""The status page in a real Chromium, on a real daemon and real servers, in each of its states."""
+
+import logging
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import structlog
+from browser import chromium, tab
+from playwright.async_api import Browser
+from redis.asyncio import Redis
+from running import Inside, daemon_config
+
+from balancesync.config import Config
+from balancesync.embedded import PostgresServer, RedisServer
+
+pytestmark = pytest.mark.slow
+
+STATIC = Path(__file__).parent.parent / "balancesync" / "static"
+MOST_BYTES = 120_000
+MARKUP = "<img src=x onerror=alert(1)>"
+TEXT_KEYS: dict[str, Any] = {"columns": {"user_id": "text", "balance": "numeric(30,2)"}}
+
+
+@pytest.fixture(scope="session")
+async def browser() -> AsyncIterator[Browser]:
+    async with chromium() as found:
+        yield found
+
+
+def address(config: Config) -> str:
+    return f"http://127.0.0.1:{config.http.port}/"
+
+
+async def test_before_the_first_run_and_after_it(
+    browser: Browser, postgres_dsn: str, redis_url: str, redis: Redis
+) -> None:
+    config = daemon_config(postgres_dsn, redis_url)
+    async with Inside(config) as daemon, tab(browser, address(config)) as page:
+        await daemon.leads()
+        await page.until("#verdict-title", "Nothing is in PostgreSQL yet")
+        await page.until("#connection", "Connected")
+        await page.look("empty")
+        await redis.mset({f"balance:{n}": f"{n}.25" for n in range(1, 501)})
+        await page.page.click("#sync")
+        await page.until("#said", "Sync succeeded in")
+        await page.until("#verdict-title", "Safe: everything up to")
+        await page.until("#runs tbody", "succeeded")
+        await page.look("first-run")
+
+
+async def history(redis: Redis, daemon: Inside) -> None:
+    """Two dozen runs in which this and that happens."""
+    await redis.mset({f"balance:{n}": f"{n}.25" for n in range(1, 4_001)})
+    for turn in range(24):
+        moved = {f"balance:{n}": f"{n}.{turn:02}" for n in range(1, 40 + turn * 37 % 170)}
+        added = {f"balance:{5_000 + turn * 100 + n}": "7" for n in range(turn * 13 % 50)}
+        await redis.mset(moved | added)
+        if turn == 20:
+            await redis.mset({"balance:9001": "1.505", "balance:9002": "12,50", "balance:007": "1"})
+        await daemon.api.sync()
+
+
+async def test_a_day_like_any_other(
+    browser: Browser, postgres_dsn: str, redis_url: str, redis: Redis
+) -> None:
+    jobs = {"hourly": {"cron": "0 * * * *", "job": "sync"}}
+    config = daemon_config(postgres_dsn, redis_url, schedule={"jobs": jobs})
+    async with Inside(config) as daemon:
+        await daemon.leads()
+        await history(redis, daemon)
+        async with tab(browser, address(config)) as page:
+            await page.until("#verdict-title", "is in PostgreSQL, but for 3 rejects")
+            await page.until("#next", "in ")
+            await page.until("#connection", "Connected")
+            await page.look("healthy")
+
+
+async def test_a_server_that_is_down(
+    browser: Browser,
+    private_redis: Callable[..., RedisServer],
+    private_postgres: Callable[..., PostgresServer],
+) -> None:
+    redis_server, postgres_server = (
+        private_redis({"appendonly": "yes"}),
+        private_postgres(durable=True),
+    )
+    config = daemon_config(postgres_server.dsn, redis_server.url)
+    async with Inside(config) as daemon:
+        await daemon.leads()
+        async with Redis.from_url(redis_server.url) as redis:
+            await redis.mset({f"balance:{n}": "1" for n in range(100)})
+        await daemon.api.sync()
+        async with tab(browser, address(config)) as page:
+            await page.until("#verdict-title", "Safe: everything up to")
+            redis_server.kill()
+            await page.until("#verdict-title", "Redis doesn't answer")
+            await page.until("#verdict-detail", "balances are read from there")
+            await page.look("redis-down")
+            redis_server.start()
+            await page.until("#redis", "up")
+            postgres_server.kill()
+            await page.until("#verdict-title", "PostgreSQL doesn't answer")
+            await page.look("postgres-down")
+        async with tab(browser, address(config)) as page:
+            await page.until("#verdict-title", "PostgreSQL doesn't answer")
+            await page.look("postgres-down-from-the-start")
+
+
+async def test_what_the_guard_refused(
+    browser: Browser, postgres_dsn: str, redis_url: str, redis: Redis
+) -> None:
+    config = daemon_config(postgres_dsn, redis_url)
+    async with Inside(config) as daemon, tab(browser, address(config)) as page:
+        await daemon.leads()
+        await redis.mset({f"balance:{n}": "1" for n in range(1000)})
+        await daemon.api.sync()
+        await redis.flushdb()
+        await page.page.click("#sync")
+        await page.until("#verdict-title", "the guard refuses to follow Redis")
+        await page.until("#refused", "balances: Redis has no key at all, but 1,000 were known.")
+        assert "balancesync sync --accept-loss" in await page.text("#refusal")
+        await page.until("#runs tbody", "refused")
+        await page.look("refused")
+
+
+async def test_a_standby(browser: Browser, postgres_dsn: str, redis_url: str) -> None:
+    first, second = (daemon_config(postgres_dsn, redis_url) for _ in range(2))
+    async with Inside(first) as leader:
+        await leader.leads()
+        other = Inside(second)
+        other.daemon.state.name = "host-b:7"
+        async with other, tab(browser, address(second)) as page:
+            await other.log.next("leader", leads=False)
+            await page.until("#state", "standby")
+            await page.until("#host", f"host-b:7; {leader.daemon.state.name} leads and runs")
+            await page.until("#next", "none planned")
+            assert await page.page.is_disabled("#sync")
+            await page.look("standby")
+
+
+async def test_a_hundred_thousand_rejects(
+    browser: Browser, postgres_dsn: str, redis_url: str, redis: Redis
+) -> None:
+    # At debug each of them is logged.
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
+    config = daemon_config(postgres_dsn, redis_url, guard={"max_rejects": 0.1})
+    async with Inside(config) as daemon:
+        await daemon.leads()
+        await redis.mset({f"balance:{n}": "1" for n in range(1000)})
+        await daemon.api.sync()
+        bad = ("1.505", "12,50", "99999999999999999999999")
+        await redis.mset({f"balance:{n}": bad[n % 7 % 3] for n in range(1000, 101_000)})
+        await daemon.api.sync()
+        async with tab(browser, address(config)) as page:
+            await page.until("#open", "100,000")
+            await page.until("#verdict-detail", "more than guard.max_rejects")
+            await page.page.click("#rejects button >> nth=0")
+            await page.until("#samples-title", "the newest 20 of")
+            await page.until("#samples", "balancesync rejects --mapping balances --reason")
+            await page.look("many-rejects")
+
+
+async def test_a_run_under_way_and_its_cancel(
+    browser: Browser, postgres_dsn: str, redis_url: str, redis: Redis
+) -> None:
+    limit = {"max_keys_per_second": 4000, "scan_count": 500}
+    config = daemon_config(postgres_dsn, redis_url, redis=limit)
+    await redis.mset({f"balance:{n}": "1" for n in range(40_000)})
+    async with Inside(config) as daemon, tab(browser, address(config)) as page:
+        await daemon.leads()
+        await page.until("#connection", "Connected")
+        await page.page.click("#sync")
+        await page.until("#far", "left")
+        assert await page.page.get_attribute("#bar", "value") is not None
+        await page.look("running")
+        await page.page.click("#cancel")
+        await page.until("#said", "Sync cancelled in")
+        await page.until("#runs tbody", "cancelled on demand")
+        await page.page.wait_for_selector("#current", state="hidden")
+
+
+async def test_a_dry_run_shows_exact_texts_and_no_markup(
+    browser: Browser, postgres_dsn: str, redis_url: str, redis: Redis
+) -> None:
+    config = daemon_config(postgres_dsn, redis_url, TEXT_KEYS)
+    amount = "9007199254740993.07"  # no JavaScript number
+    async with Inside(config) as daemon, tab(browser, address(config)) as page:
+        await daemon.leads()
+        await redis.mset({f"balance:{n}": "1" for n in range(20)})
+        await daemon.api.sync()
+        await redis.mset({f"balance:{MARKUP}": amount, "balance:1": "2.5", "balance:bad": MARKUP})
+        await page.page.click("#dry")
+        await page.until("#found-title", "What a sync would do")
+        await page.until("#found-body", amount)
+        cells = await page.page.locator("#found-body td").all_inner_texts()
+        assert MARKUP in cells
+        assert "1.00 → 2.50" in cells
+        total = "9007199254740994.57"
+        assert f"would change by +{total}." in await page.text("#found-body")
+        assert await page.page.evaluate("document.activeElement.id") == "found-title"
+        await page.look("dry-run")
+        await daemon.api.sync()
+        await page.page.click("#rejects button")
+        await page.until("#samples tbody", MARKUP)
+        assert await page.page.locator("main img").count() == 0
+        assert page.said == []
+
+
+async def test_the_token_is_asked_for_once_and_kept_for_the_tab(
+    browser: Browser, postgres_dsn: str, redis_url: str, redis: Redis
+) -> None:
+    config = daemon_config(postgres_dsn, redis_url, http={"token": "s3cret"})
+    await redis.set("balance:1", "1")
+    async with Inside(config) as daemon, tab(browser, address(config)) as page:
+        await daemon.leads()
+        await page.until("#connection", "Connected")
+        await page.page.click("#sync")
+        await page.page.wait_for_selector("dialog[open]")
+        await page.look("token")
+        await page.page.click("dialog [data-no]")
+        assert daemon.runner.current is None
+        assert await page.page.evaluate("sessionStorage.length") == 0
+        await page.page.click("#sync")
+        await page.page.fill("#token-field", "wrong")
+        await page.page.keyboard.press("Enter")
+        await page.until("#token-wrong", "That isn't the token.")
+        assert len(page.said) == 1  # the browser's own line on a 401
+        await page.page.fill("#token-field", "s3cret")
+        await page.page.keyboard.press("Enter")
+        await page.until("#said", "Sync succeeded")
+        await page.page.click("#dry")
+        await page.until("#found-title", "What a sync would do")
+        assert await page.page.evaluate("localStorage.length") == 0
+        assert "s3cret" not in await page.page.content()
+
+
+async def test_a_lost_connection_shows_and_heals(
+    browser: Browser, postgres_dsn: str, redis_url: str, redis: Redis
+) -> None:
+    config = daemon_config(postgres_dsn, redis_url)
+    await redis.set("balance:1", "1")
+    async with Inside(config) as daemon, tab(browser, address(config)) as page:
+        await daemon.leads()
+        await daemon.api.sync()
+        await page.until("#verdict-title", "Safe")
+        await page.until("#connection", "Connected")
+        await daemon.stop()
+        await page.until("#verdict-title", "Connection lost")
+        assert await page.page.is_disabled("#sync")
+        # The browser's own lines.
+        await page.look("connection-lost", despite="net::ERR_")
+        async with Inside(config) as again:
+            await again.leads()
+            await again.api.sync()
+            await page.until("#verdict-title", "Safe")
+            await page.until("#connection", "Connected")
+            assert await page.page.locator("#runs tbody tr").count() == 2
