@@ -5,6 +5,7 @@ Also globs, with the meaning that Redis gives them.
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Final
 
 from balancesync.columns import ColumnType, Template
@@ -132,7 +133,7 @@ class KeyForm:
         self._plain = re.compile(self.pattern(b"(")).fullmatch
         self._has_text = any(column.is_text for column in self.columns)
 
-    @property
+    @cached_property
     def glob(self) -> bytes | None:
         """The MATCH pattern of these keys; None if the template has no literal text."""
         if self.is_bare:

@@ -18,7 +18,7 @@ leads to.
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Final, Self
 
@@ -57,8 +57,11 @@ _EXISTS_PIECE: Final = 500
 
 @dataclass(frozen=True, slots=True)
 class _Primary:
+    """`fetching` has learnt from what it was asked before how large a piece may be."""
+
     connection: Connection
     node: Node
+    fetching: dict[tuple[object, ...], Values] = field(default_factory=dict)
 
 
 @dataclass(eq=False, slots=True)
@@ -148,14 +151,14 @@ class Source:
         big = reading.member_key
         async with self._open() as shared:
             for address, places in shared.layout.divide(keys, big).items():
-                connection = shared.primaries[address].connection
-                found = await self._values(connection, reading).read([keys[at] for at in places])
+                primary = shared.primaries[address]
+                found = await self._fetching(primary, reading).read([keys[at] for at in places])
                 for at, value in zip(places, found, strict=True):
                     values[at] = value
                 if identity:
-                    identity.check(await self._describe(connection))
+                    identity.check(await self._describe(primary.connection))
                 else:
-                    await check_primary(connection)
+                    await check_primary(primary.connection)
             await self._check_layout(shared.layout)
         return RawBatch(keys, values, len(keys))
 
@@ -311,6 +314,12 @@ class Source:
             for walk in walks:
                 walk.cancel()
             await asyncio.gather(*walks, return_exceptions=True)
+
+    def _fetching(self, primary: _Primary, reading: Reading) -> Values:
+        kind = (reading.type, reading.match, reading.fields, reading.member_key)
+        if kind not in primary.fetching:
+            primary.fetching[kind] = self._values(primary.connection, reading)
+        return primary.fetching[kind]
 
     def _values(self, connection: Connection, reading: Reading) -> Values:
         count = self._config.scan_count

@@ -17,7 +17,7 @@ from typing import Final
 
 from balancesync import __version__
 from balancesync.errors import BalanceSyncError
-from benchmarks import around, back, cases, shapes
+from benchmarks import around, back, cases, daemon, shapes
 from benchmarks.servers import Bench, Broken, bench
 from benchmarks.table import Row, render
 
@@ -35,6 +35,9 @@ CASES: Final[dict[str, Callable[[Bench], Awaitable[list[Row]]]]] = {
     "users": shapes.users,
     "restore": back.restore,
     "memory": around.memory,
+    "http": daemon.http,
+    "reads": daemon.reads,
+    "idle": daemon.idle,
 }
 
 _DETAILS: Final = {

@@ -41,3 +41,13 @@ def _ticks(pid: int) -> int:
         return 0
     own = sum(map(int, stat.rpartition(")")[2].split()[_PROCESS_TIMES]))
     return own + sum(_ticks(int(child)) for child in children)
+
+
+def process_seconds(pid: int) -> float:
+    """CPU seconds so far of one process, without its children's."""
+    return int((_PROC / str(pid) / "schedstat").read_text().split()[0]) / 1e9
+
+
+def resident_bytes(pid: int) -> int:
+    """What one process has resident."""
+    return int((_PROC / str(pid) / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -180,10 +180,17 @@ async def start(module: str, *arguments: str) -> asyncio.subprocess.Process:
     )
 
 
+def tell(found: dict[str, Any]) -> None:
+    """Say what a worker has found, for `finish`."""
+    # By a buffer of its own: with PYTHONUNBUFFERED, print drops what a pipe doesn't take at once.
+    with open(sys.stdout.fileno(), "w", closefd=False) as output:
+        output.write(json.dumps(found))
+
+
 async def finish(process: asyncio.subprocess.Process) -> dict[str, Any]:
     """What a worker reports at its end."""
     output, _ = await process.communicate()
     if process.returncode:
         raise Broken("a worker failed; its error is above")
-    found: dict[str, Any] = json.loads(output)
+    found: dict[str, Any] = json.loads(output or b"{}")
     return found

@@ -77,17 +77,28 @@ def timed(
 
 
 def measured(
-    case: str, values: Sequence[float], unit: str, *, floor: str = "", at_most: float | None = None
+    case: str,
+    values: Sequence[float],
+    unit: str,
+    *,
+    floor: str = "",
+    at_most: float | None = None,
+    at_least: float | None = None,
 ) -> Row:
     """A line of something that isn't a time of a run."""
     middle = median(values)
+    target, ok = "", None
+    if at_most is not None:
+        target, ok = f"≤ {at_most:g} {unit}", middle <= at_most
+    if at_least is not None:
+        target, ok = f"≥ {at_least:g} {unit}", middle >= at_least
     return Row(
         case,
         f"{middle:,.2f} {unit}" if middle % 1 else f"{middle:,.0f} {unit}",
         f"{min(values):,.2f}-{max(values):,.2f}" if len(values) > 1 else "",
         floor=floor,
-        target="" if at_most is None else f"≤ {at_most:g} {unit}",
-        ok=None if at_most is None else middle <= at_most,
+        target=target,
+        ok=ok,
         numbers={"values": list(values)},
     )
 

@@ -24,7 +24,8 @@ from balancesync.model import Job, Request
 from balancesync.part import Progress
 from balancesync.source import Source
 from balancesync.sync import Sync
-from benchmarks import client, reads, writes
+from benchmarks import client, reads, visitors, writes
+from benchmarks.servers import tell
 
 
 def peak_memory() -> int:
@@ -117,6 +118,11 @@ ACTIONS: dict[str, Callable[..., Coroutine[Any, Any, Any]]] = {
     "raw_sets": writes.raw_sets,
     "orm": writes.orm,
     "gets": client.gets,
+    "pace": visitors.pace,
+    "balances": visitors.balances,
+    "anything": visitors.anything,
+    "redis_reads": visitors.redis_reads,
+    "postgres_reads": visitors.postgres_reads,
 }
 
 
@@ -132,7 +138,7 @@ def main() -> None:
             found = runner.run(action(**given))
     except BalanceSyncError as error:
         sys.exit(f"{sys.argv[1]}: {error}")
-    print(json.dumps(found | {"client": process_time() - begun}))
+    tell(found | {"client": process_time() - begun})
 
 
 if __name__ == "__main__":
