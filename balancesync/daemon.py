@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import Final
 
 import structlog
@@ -41,7 +42,10 @@ class Daemon:
         self._database = Database(config.postgres)
         self._source = Source(config.redis)
         self.metrics = Metrics(
-            __version__, [mapping.name for mapping in config.mapping], ["sync", "verify"]
+            __version__,
+            [mapping.name for mapping in config.mapping],
+            ["sync", "verify"],
+            live=config.live.enabled,
         )
         self.runner = Runner(config, self._database, self._source, self._publish)
         self._schedule = Schedule(config.schedule, self.fire)
@@ -81,7 +85,7 @@ class Daemon:
         try:
             await self._web.start()
             self._schedule.start()
-            self.metrics.set_next_run(self._next_run)
+            self.metrics.set_schedule(self._next_run, self._interval)
             self.state.ready = True
             log.info("balancesync is up", name=self.state.name, http=self._web.address)
             self._notifier.send("READY=1", "STATUS=starting")
@@ -116,6 +120,9 @@ class Daemon:
     def _next_run(self) -> float | None:
         times = [job.next_at.timestamp() for job in self._schedule.jobs() if job.next_at]
         return min(times, default=None)
+
+    def _interval(self) -> float:
+        return self._schedule.planned_interval(datetime.now(UTC))
 
     def _publish(self, kind: str, document: Document) -> None:
         self.metrics.take(kind, document)

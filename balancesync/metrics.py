@@ -3,8 +3,9 @@
 https://prometheus.io/docs/practices/naming/
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from prometheus_client import (
     CollectorRegistry,
@@ -14,7 +15,7 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
-from prometheus_client.core import CounterMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from balancesync.model import Known
@@ -26,6 +27,8 @@ CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
 _DURATIONS_S: Final = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800, 3600)
 _LAGS_S: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+_Kind: TypeAlias = type[GaugeMetricFamily] | type[CounterMetricFamily]
+_GAUGE: Final = GaugeMetricFamily
 OUTCOMES: Final = (
     "ignored",
     "vanished",
@@ -42,16 +45,34 @@ OUTCOMES: Final = (
 class Metrics:
     """One registry of its own, so that two daemons in one test don't meet in a global one."""
 
-    def __init__(self, version: str, mappings: Iterable[str], jobs: Iterable[str]) -> None:
+    def __init__(
+        self, version: str, mappings: Iterable[str], jobs: Iterable[str], *, live: bool = False
+    ) -> None:
+        """Nothing is known yet.
+
+        Args:
+            version: of the program.
+            mappings: their names.
+            jobs: those that runs are made for.
+            live: whether changes are to be followed; otherwise there is no live metric, because
+                what isn't wanted isn't down.
+        """
         self.registry = CollectorRegistry()
         self._mappings = tuple(mappings)
         self._next_run: Callable[[], float | None] = lambda: None
+        self._interval: Callable[[], float] = lambda: math.inf
+        self._refused: bool | None = None
+        self.evicted: float | None = None
+        self.may_evict: bool | None = None
 
         def gauge(name: str, text: str, *labels: str) -> Gauge:
             return Gauge(f"balancesync_{name}", text, labels, registry=self.registry)
 
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(f"balancesync_{name}", text, labels, registry=self.registry)
+
+        def asked(name: str, text: str, ask: Callable[[], float | None], kind: _Kind) -> None:
+            self.registry.register(_Asked(kind, f"balancesync_{name}", text, ask))
 
         self.runs = counter("runs_total", "Runs by how they ended.", "job", "trigger", "status")
         self.run_duration = Histogram(
@@ -71,38 +92,80 @@ class Metrics:
         self.last_success = gauge(
             "last_success_timestamp_seconds", "When a full run of the job last succeeded.", "job"
         )
-        self.next_run = gauge("next_run_timestamp_seconds", "When the schedule fires next.")
+        asked("next_run_timestamp_seconds", "When the schedule fires next.", self._next, _GAUGE)
+        asked(
+            "planned_interval_seconds",
+            "The longest time between two planned syncs.",
+            self._planned,
+            _GAUGE,
+        )
         self.in_progress = gauge("run_in_progress", "Whether a run is under way.")
         self.progress = gauge("run_progress_ratio", "How far the run is, 0 to 1, in its phase.")
         self.rejects = gauge("rejects", "Open rejects.", "mapping")
         self.drift = gauge("drift_records", "Records the last verify found to differ.", "mapping")
-        self.refused = gauge("guard_refused", "Whether a refusal of the guard stands.")
-        self.live_up = gauge("live_up", "Whether changes are followed without a gap.")
-        self.live_pending = gauge("live_pending_keys", "Changed keys that wait to be flushed.")
-        self.live_lag = Histogram(
-            "balancesync_live_lag_seconds",
-            "From a change's arrival to its commit.",
-            buckets=_LAGS_S,
-            registry=self.registry,
+        asked(
+            "guard_refused",
+            "Whether a refusal of the guard stands.",
+            lambda: self._refused,
+            _GAUGE,
         )
+        self._live(self.registry if live else None)
         self.expiring = gauge(
             "expiring_keys", "Keys with a TTL, estimated from a sample at each full run.", "mapping"
         )
-        self.evicted: float | None = None
-        self.registry.register(_Evicted(self))
+        asked(
+            "redis_evicted_keys",
+            "Keys that Redis itself says it evicted.",
+            lambda: self.evicted,
+            CounterMetricFamily,
+        )
+        asked(
+            "redis_may_evict",
+            "Whether Redis would evict keys without a TTL when its memory is full.",
+            lambda: self.may_evict,
+            _GAUGE,
+        )
         gauge("build_info", "The version that runs.", "version").labels(version).set(1)
         # A series that appears only with its first event can't be alerted on before.
         for mapping in self._mappings:
-            self.rejects.labels(mapping)
-            self.drift.labels(mapping)
             for outcome in OUTCOMES:
                 self.records.labels(mapping, outcome)
         for job in jobs:
             self.run_duration.labels(job)
 
-    def set_next_run(self, next_run: Callable[[], float | None]) -> None:
-        """Where to ask for the next fire time, in seconds since 1970, at each scrape."""
-        self._next_run = next_run
+    def _live(self, registry: CollectorRegistry | None) -> None:
+        self.live_up = Gauge(
+            "balancesync_live_up", "Whether changes are followed without a gap.", registry=registry
+        )
+        self.live_pending = Gauge(
+            "balancesync_live_pending_keys",
+            "Changed keys that wait to be flushed.",
+            registry=registry,
+        )
+        self.live_lag = Histogram(
+            "balancesync_live_lag_seconds",
+            "From a change's arrival to its commit.",
+            buckets=_LAGS_S,
+            registry=registry,
+        )
+
+    def set_schedule(
+        self, next_run: Callable[[], float | None], interval: Callable[[], float]
+    ) -> None:
+        """Where to ask at each scrape.
+
+        Args:
+            next_run: for the next fire time, in seconds since 1970; None if nothing is planned.
+            interval: for the longest planned time between two syncs, in seconds; may be infinite.
+        """
+        self._next_run, self._interval = next_run, interval
+
+    def _next(self) -> float | None:
+        return self._next_run()
+
+    def _planned(self) -> float | None:
+        interval = self._interval()
+        return interval if math.isfinite(interval) else None
 
     def take(self, kind: str, document: Mapping[str, Any]) -> None:
         """Count an event of the daemon: what it publishes to listeners, it counts here."""
@@ -122,6 +185,9 @@ class Metrics:
                 self.postgres_up.set(document["connected"])
             case "leader":
                 self.leader.set(document["leads"])
+                if not document["leads"]:
+                    # Only who runs takes samples: this one would stay as it is for ever.
+                    self.expiring.clear()
 
     def _count_run(self, run: Mapping[str, Any]) -> None:
         self.runs.labels(run["job"], run["trigger"], run["status"]).inc()
@@ -141,26 +207,27 @@ class Metrics:
         for mapping in self._mappings:
             self.rejects.labels(mapping).set(known.rejects.get(mapping, 0))
             self.drift.labels(mapping).set(known.drift.get(mapping, 0))
-        self.refused.set(known.refused)
+        self._refused = known.refused
 
     def render(self) -> bytes:
         """The exposition, in Prometheus' text format."""
-        next_run = self._next_run()
-        if next_run is not None:
-            self.next_run.set(next_run)
         return generate_latest(self.registry)
 
 
-class _Evicted(Collector):
-    """A counter that Redis keeps: it can be set, and goes back when Redis is started again."""
+class _Asked(Collector):
+    """What somebody else keeps, asked for at each scrape; not there while it isn't known.
 
-    def __init__(self, metrics: Metrics) -> None:
-        self._metrics = metrics
+    A 0 in its place would be a lie, and fire alerts after each restart. So a counter of Redis' own
+    can go back, too.
+    """
 
-    def collect(self) -> Iterable[CounterMetricFamily]:
-        if self._metrics.evicted is not None:
-            yield CounterMetricFamily(
-                "balancesync_redis_evicted_keys",
-                "Keys that Redis itself says it evicted.",
-                value=self._metrics.evicted,
-            )
+    def __init__(self, kind: _Kind, name: str, text: str, ask: Callable[[], float | None]) -> None:
+        self._kind = kind
+        self._name = name
+        self._text = text
+        self._ask = ask
+
+    def collect(self) -> Iterable[Metric]:
+        value = self._ask()
+        if value is not None:
+            yield self._kind(self._name, self._text, value=value)

@@ -118,6 +118,9 @@ class Probing:
     async def _ask_redis(self) -> None:
         facts = await self._source.facts()
         self._metrics.evicted = sum(fact.evicted_keys for fact in facts)
+        self._metrics.may_evict = any(
+            fact.maxmemory and fact.maxmemory_policy.startswith("allkeys") for fact in facts
+        )
         if not self._sample_due:
             return
         self._sample_due = False

@@ -1,5 +1,6 @@
 """The metrics: their names and labels, and what events and PostgreSQL's memory do to them."""
 
+import math
 import re
 from datetime import UTC, datetime
 from typing import Any
@@ -16,13 +17,15 @@ NAMES = {
     *("run_in_progress", "run_progress_ratio", "rejects", "drift_records", "guard_refused"),
     *("live_up", "live_pending_keys", "live_lag_seconds", "expiring_keys"),
     *("redis_evicted_keys_total", "build_info"),
+    # beside those that were promised
+    *("planned_interval_seconds", "redis_may_evict"),
 }
 AT = datetime(2026, 1, 31, 2, tzinfo=UTC)
 
 
 @pytest.fixture
 def metrics() -> Metrics:
-    return Metrics("1.2.3", ["balances", "bonus"], ["sync", "verify"])
+    return Metrics("1.2.3", ["balances", "bonus"], ["sync", "verify"], live=True)
 
 
 def value(metrics: Metrics, name: str, **labels: str) -> float | None:
@@ -47,7 +50,9 @@ def finished(**changes: Any) -> dict[str, Any]:
 
 
 def test_the_names_are_those_that_are_promised(metrics: Metrics) -> None:
-    metrics.evicted = 0
+    metrics.evicted, metrics.may_evict = 0, False
+    metrics.set_schedule(lambda: 10, lambda: 3600)
+    metrics.remember(Known())
     page = metrics.render().decode()
     assert set(re.findall(r"^# HELP balancesync_(\w+) ", page, re.MULTILINE)) == NAMES
     assert 'balancesync_build_info{version="1.2.3"} 1.0' in page
@@ -119,13 +124,37 @@ def test_what_postgres_remembers_shows_after_a_restart(metrics: Metrics) -> None
     assert value(metrics, "guard_refused") == 0
 
 
-def test_the_next_run_is_asked_for_at_each_scrape(metrics: Metrics) -> None:
+def test_what_is_not_known_is_not_told() -> None:
+    metrics = Metrics("1.2.3", ["balances"], ["sync"])
+    page = metrics.render().decode()
+    for name in (
+        *("rejects", "drift_records", "guard_refused", "last_success_timestamp_seconds"),
+        *("expiring_keys", "redis_evicted_keys_total", "redis_may_evict"),
+        *("next_run_timestamp_seconds", "planned_interval_seconds"),
+        # Nobody asked for live mode, so it isn't down.
+        *("live_up", "live_pending_keys", "live_lag_seconds_count"),
+    ):
+        assert f"\nbalancesync_{name}" not in page
+
+
+def test_the_schedule_is_asked_at_each_scrape(metrics: Metrics) -> None:
     times = iter([10.0, 20.0])
-    metrics.set_next_run(lambda: next(times))
-    metrics.render()
-    assert value(metrics, "next_run_timestamp_seconds") == 10
-    metrics.render()
-    assert value(metrics, "next_run_timestamp_seconds") == 20
+    metrics.set_schedule(lambda: next(times), lambda: 3600)
+    assert value(metrics, "planned_interval_seconds") == 3600
+    assert b"balancesync_next_run_timestamp_seconds 20.0" in metrics.render()
+
+
+def test_a_schedule_without_syncs_has_no_interval(metrics: Metrics) -> None:
+    metrics.set_schedule(lambda: None, lambda: math.inf)
+    assert value(metrics, "planned_interval_seconds") is None
+    assert value(metrics, "next_run_timestamp_seconds") is None
+
+
+def test_who_leads_no_more_takes_no_samples_and_shows_none(metrics: Metrics) -> None:
+    metrics.expiring.labels("balances").set(9)
+    assert value(metrics, "expiring_keys", mapping="balances") == 9
+    metrics.take("leader", {"leads": False})
+    assert value(metrics, "expiring_keys", mapping="balances") is None
 
 
 def test_evicted_keys_are_as_redis_counts_them(metrics: Metrics) -> None:
