@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Final, get_args
 from urllib.parse import unquote_to_bytes
 from uuid import UUID
@@ -11,13 +12,20 @@ import structlog
 from aiohttp import web
 
 from balancesync import __version__, openapi, overview
-from balancesync.balances import Balances, InvalidKey, Missing
+from balancesync.balances import Balance, Balances, Missing
 from balancesync.config import Config
 from balancesync.database import Connection, Database, load_sql
-from balancesync.documents import Document, reject_document, run_document, time_text
-from balancesync.errors import BalanceSyncError
+from balancesync.documents import (
+    Document,
+    exact_time_text,
+    reject_document,
+    run_document,
+    time_text,
+)
+from balancesync.errors import BalanceSyncError, HistoryGap
 from balancesync.facts import Facts, without_report
 from balancesync.listener import HttpProblem, reply, reply_bytes
+from balancesync.mapping import InvalidKey
 from balancesync.metrics import CONTENT_TYPE, Metrics
 from balancesync.model import Reason, Request, Run
 from balancesync.page import INDEX, Page
@@ -247,10 +255,12 @@ class Api:
         name, *texts = _decode(call.segments)
         if name not in self._mappings:
             raise HttpProblem(404, "not_found", "there is no such mapping")
-        if asked.text("as_of") is not None:
-            raise HttpProblem(409, "no_history", "[history] is not enabled: no past is known")
+        moment = asked.time("as_of")
         try:
-            found = await self._balances.read(name, texts)
+            if moment is None:
+                found = await self._balances.read(name, texts)
+            else:
+                found = await self._balance_as_of(name, texts, moment)
         except InvalidKey as error:
             raise HttpProblem(422, "invalid_key", f"no key of {name}: {error}") from None
         if isinstance(found, Missing):
@@ -264,9 +274,20 @@ class Api:
                 "key": dict(zip(self._mappings[name].key_columns, texts, strict=True)),
                 "values": found.values,
                 "source": found.source,
-                "as_of": time_text(as_of),
+                "as_of": time_text(as_of) if moment is None else exact_time_text(moment),
             }
         )
+
+    async def _balance_as_of(
+        self, name: str, texts: Sequence[str], moment: datetime
+    ) -> Balance | Missing:
+        async def question(_records: Records, connection: Connection) -> Balance | Missing:
+            return await self._balances.read_as_of(connection, name, texts, moment)
+
+        try:
+            return await self._reads.ask(question)
+        except HistoryGap as error:
+            raise HttpProblem(409, "no_history", str(error)) from None
 
 
 def _decode(segments: Sequence[str]) -> list[str]:

@@ -14,7 +14,7 @@ import structlog
 from balancesync import table as tables
 from balancesync.batches import Batches
 from balancesync.config import Config, MappingConfig
-from balancesync.database import Database, load_sql, quote
+from balancesync.database import Connection, Database, load_sql, quote
 from balancesync.errors import (
     BalanceSyncError,
     PostgresUnavailable,
@@ -23,7 +23,8 @@ from balancesync.errors import (
     Transient,
     Unavailable,
 )
-from balancesync.mapping import Mapping
+from balancesync.history import History
+from balancesync.mapping import InvalidKey, Mapping
 from balancesync.model import RawBatch
 from balancesync.overview import Server
 from balancesync.part import reading_of
@@ -31,7 +32,6 @@ from balancesync.printing import Print, printer, value_text
 from balancesync.source import Source
 from balancesync.state import State
 from balancesync.table import Table
-from balancesync.values import Unfit
 
 _REDIS_S: Final = 1.0
 _POSTGRES_S: Final = 5.0
@@ -61,15 +61,13 @@ class Missing:
     detail: str
 
 
-class InvalidKey(ValueError):
-    """These texts are no key of this mapping; the message says why."""
-
-
 class Balances:
     """Reads the balances of all mappings. `state` tells, by the probes, how the servers are."""
 
     def __init__(self, config: Config, database: Database, source: Source, state: State) -> None:
         breaker = Breaker(config.redis.timeout, state)
+        self._history = History(database, config.history)
+        self._configs = {each.name: each for each in config.mapping}
         self._shelves = {
             each.name: Shelf(each, database, source, state, breaker) for each in config.mapping
         }
@@ -81,6 +79,26 @@ class Balances:
         says when Redis doesn't know and PostgreSQL can't be asked.
         """
         return await self._shelves[mapping].read(tuple(texts))
+
+    async def read_as_of(
+        self, connection: Connection, mapping: str, texts: Sequence[str], moment: datetime
+    ) -> Balance | Missing:
+        """Give the balance as its row was at a moment.
+
+        Raises KeyError, InvalidKey, HistoryGap and what else `database` says.
+        """
+        config = self._configs[mapping]
+        Mapping(config).key_of(texts)
+        await self._history.require(connection, config, moment)
+        table = await tables.inspect(connection, config)
+        values = (
+            await self._history.one_as_of(connection, config, table, texts, moment)
+            if table.exists
+            else None
+        )
+        if values is None:
+            return Missing(f"PostgreSQL had no row at {moment.isoformat()}")
+        return Balance(values, "postgres", moment)
 
     def forget(self) -> None:
         """Forget what is known of the tables."""
@@ -166,15 +184,7 @@ class Shelf:
         return row
 
     def _key(self, texts: Key) -> bytes:
-        wanted = self._config.key_columns
-        if len(texts) != len(wanted):
-            raise InvalidKey(f"{len(texts)} key texts, but the key columns are {', '.join(wanted)}")
-        key = self._mapping.print_key(texts)
-        split = self._mapping.split_key(key)
-        if isinstance(split, Unfit):
-            raise InvalidKey(split.detail)
-        if split != texts:
-            raise InvalidKey("a key may split in one way only")
+        key = self._mapping.key_of(texts)
         if not self._mapping.select([key], matched=False):
             raise InvalidKey("the mapping ignores this key")
         return key

@@ -35,6 +35,7 @@ _EXAMPLES: Final = {
     "verify": "balancesync verify --json",
     "restore": "balancesync restore --dry-run",
     "rejects": "balancesync rejects --reason too_many_decimals --limit 20",
+    "history": "balancesync history --mapping balances 123456",
     "runs": "balancesync runs --limit 5",
     "status": "balancesync status --json",
     "stats": "balancesync stats",
@@ -52,6 +53,7 @@ _HELP: Final = {
     "verify": "compare Redis with PostgreSQL; writes no balance",
     "restore": "put PostgreSQL's balances back into Redis, where they're missing",
     "rejects": "what couldn't be stored, and why",
+    "history": "every kept change of one balance, the newest first",
     "runs": "what ran, the newest first",
     "status": "the last run, the last success, what the guard refuses, both servers",
     "stats": "totals, durations and rejects",
@@ -256,6 +258,20 @@ def _add_rejects(command: argparse.ArgumentParser) -> None:
     _add_limit(command, 100)
 
 
+def _add_history(command: argparse.ArgumentParser) -> None:
+    _add_common(command)
+    command.add_argument(
+        "--mapping", metavar="NAME", help="the mapping; needed if there are several"
+    )
+    command.add_argument(
+        "key",
+        nargs="+",
+        metavar="KEY",
+        help="the text of each key column, in the order of the template; -- before a negative one",
+    )
+    _add_limit(command, 100)
+
+
 def _add_runs(command: argparse.ArgumentParser) -> None:
     _add_common(command)
     command.add_argument("id", nargs="?", type=UUID, metavar="ID", help="this run, with all of it")
@@ -285,6 +301,7 @@ _OPTIONS: Final[dict[str, Callable[[argparse.ArgumentParser], None]]] = {
     "verify": _add_verify,
     "restore": _add_restore,
     "rejects": _add_rejects,
+    "history": _add_history,
     "runs": _add_runs,
     "status": _add_common,
     "stats": _add_common,

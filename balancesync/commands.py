@@ -14,10 +14,25 @@ from typing import Any, Final, Literal
 
 from balancesync import check as checks
 from balancesync import overview, service, show, telemetry
-from balancesync.config import Config
+from balancesync.changes import show_changes
+from balancesync.config import Config, MappingConfig
 from balancesync.database import Connection, Database, Steps
-from balancesync.documents import Document, reject_document, run_document
-from balancesync.errors import BalanceSyncError, PostgresUnavailable, TargetMismatch, Unavailable
+from balancesync.documents import (
+    Document,
+    change_document,
+    exact_time_text,
+    reject_document,
+    run_document,
+)
+from balancesync.errors import (
+    BalanceSyncError,
+    ConfigError,
+    PostgresUnavailable,
+    TargetMismatch,
+    Unavailable,
+)
+from balancesync.history import History
+from balancesync.mapping import InvalidKey, Mapping
 from balancesync.model import Mode, Request
 from balancesync.progress import follow
 from balancesync.records import Records
@@ -170,6 +185,47 @@ async def rejects(config: Config, args: Namespace) -> int:
     return 0
 
 
+async def history(config: Config, args: Namespace) -> int:
+    """Every kept change of one balance."""
+    mapping = _the_mapping(config, args.mapping)
+    try:
+        Mapping(mapping).key_of(args.key)
+    except InvalidKey as error:
+        raise ConfigError(f"no key of {mapping.name}: {error}") from None
+    database = Database(config.postgres)
+    kept = History(database, config.history)
+    try:
+        async with database.acquire() as connection:
+            await Steps(database).check(connection)
+            since = await kept.since(connection, mapping)
+            found = await kept.changes(connection, mapping.name, args.key, args.limit)
+    finally:
+        await database.close()
+    document = {
+        "mapping": mapping.name,
+        "key": dict(zip(mapping.key_columns, args.key, strict=True)),
+        "known_since": None if since is None else exact_time_text(since),
+        "changes": [change_document(change) for change in found],
+    }
+    if args.json:
+        show.as_json(document)
+    else:
+        show_changes(document, args.limit, enabled=kept.enabled)
+    return 0
+
+
+def _the_mapping(config: Config, name: str | None) -> MappingConfig:
+    if name is None and len(config.mapping) == 1:
+        return config.mapping[0]
+    names = ", ".join(mapping.name for mapping in config.mapping)
+    if name is None:
+        raise ConfigError(f"which mapping? --mapping is one of {names}")
+    for mapping in config.mapping:
+        if mapping.name == name:
+            return mapping
+    raise ConfigError(f'there is no mapping "{name}" in the configuration; it has {names}')
+
+
 async def runs(config: Config, args: Namespace) -> int:
     """What ran."""
     async with _records(config) as (records, connection):
@@ -276,6 +332,7 @@ COMMANDS: Final[dict[str, Command]] = {
     "verify": verify,
     "restore": restore,
     "rejects": rejects,
+    "history": history,
     "runs": runs,
     "status": status,
     "stats": stats,

@@ -14,7 +14,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Final
+from typing import Final, Literal
 from uuid import UUID
 
 from balancesync.config import HistoryConfig, MappingConfig
@@ -50,7 +50,7 @@ class Change:
 
     at: datetime
     run_id: UUID
-    op: str
+    op: Literal["i", "u", "d"]
     old: Values | None
     new: Values | None
 

@@ -27,6 +27,10 @@ class _Token(str):
     __slots__ = ()
 
 
+class InvalidKey(ValueError):
+    """These texts are no key of this mapping; the message says why."""
+
+
 class Mapping:
     """The rules of one mapping, compiled. Pure: it opens nothing and raises nothing on data."""
 
@@ -116,6 +120,19 @@ class Mapping:
     def print_keys(self, columns: Sequence[Sequence[bytes]]) -> list[bytes]:
         """Make many keys, given the texts of each key column in UTF-8."""
         return self._form.print_all(columns)
+
+    def key_of(self, texts: Sequence[str]) -> bytes:
+        """Make the key that these texts from outside name; raises InvalidKey if there is none."""
+        wanted = self.config.key_columns
+        if len(texts) != len(wanted):
+            raise InvalidKey(f"{len(texts)} key texts, but the key columns are {', '.join(wanted)}")
+        key = self.print_key(texts)
+        split = self.split_key(key)
+        if isinstance(split, Unfit):
+            raise InvalidKey(split.detail)
+        if split != tuple(texts):
+            raise InvalidKey("a key may split in one way only")
+        return key
 
     def parse(self, batch: RawBatch) -> Batch:
         """Turn what was read into rows and rejects: with those vanished, as many as came in."""

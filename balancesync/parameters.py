@@ -5,10 +5,12 @@ Everything here raises HttpProblem 422, with the name of the parameter.
 
 import re
 from collections.abc import Collection
+from datetime import datetime
 from typing import Final
 from urllib.parse import parse_qsl
 from uuid import UUID
 
+from balancesync.documents import parse_time
 from balancesync.listener import HttpProblem
 
 _SWITCH: Final = {"true": True, "1": True, "false": False, "0": False}
@@ -69,6 +71,16 @@ class Parameters:
         if run is None:
             raise _refuse(f"{name} must be the id of a run")
         return run
+
+    def time(self, name: str) -> datetime | None:
+        """A time with its zone; None if it isn't given."""
+        text = self._given.get(name)
+        if text is None:
+            return None
+        try:
+            return parse_time(text)
+        except ValueError as error:
+            raise _refuse(f"{name} {error}; a + is written %2B in a query") from None
 
     def choice(self, name: str, among: Collection[str]) -> str | None:
         """One of these; None if it isn't given."""

@@ -196,7 +196,7 @@ def _show_report(report: Document, counts: Document, mode: str) -> None:
     made = Grid(title, *columns)
     for row in rows:
         cells = [_cell(text) for text in row["key"].values()]
-        made.add_row(row["op"], *cells, *(_move(row, name) for name in values))
+        made.add_row(row["op"], *cells, *(move_text(row, name) for name in values))
     write("", made)
     done = {"insert": "inserted", "update": "updated", "delete": "deleted", "keep": "kept"}
     for op, name in done.items():
@@ -211,7 +211,8 @@ def _show_report(report: Document, counts: Document, mode: str) -> None:
         write(f"the total of {column} would change by {sign}{total}")
 
 
-def _move(row: Document, column: str) -> Text:
+def move_text(row: Document, column: str) -> Text:
+    """What a row's or a change's column was and is."""
     old, new = (None if row[side] is None else row[side][column] for side in ("old", "new"))
     if row["op"] == "insert":
         return _cell(new)

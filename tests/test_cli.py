@@ -416,6 +416,38 @@ async def test_healed_rejects_are_shown_on_demand(run: Run, redis: Redis) -> Non
     assert "healed (UTC)" in (await run("rejects", "--all")).out
 
 
+async def test_history_of_a_balance(run: Run, config: Path, redis: Redis) -> None:
+    settings(config, history="enabled = true")
+    assert (await run("history", "1")).code == 2
+    await redis.mset({"balance:1": "1", "balance:-2": "2"})
+    await run("sync")
+    await redis.set("balance:1", "1.5")
+    await run("sync")
+    answer = await run("history", "1")
+    assert answer.code == 0
+    head, newest, oldest, since = answer.out.splitlines()
+    assert head.split() == ["at", "change", "balance", "run"]
+    assert newest.split()[1:5] == ["update", "1.00", "→", "1.50"]
+    assert oldest.split()[1:3] == ["insert", "1.00"]
+    assert since.startswith("nothing is missing since ")
+    document = (await run("history", "1", "--json", "--limit", "1")).document
+    [change] = document.pop("changes")
+    assert change["at"] == newest.split()[0]
+    assert (change["op"], change["old"], change["new"]) == (
+        "update",
+        {"balance": "1.00"},
+        {"balance": "1.50"},
+    )
+    assert document["key"] == {"user_id": "1"}
+    assert document["known_since"] == since.rpartition(" ")[2] == oldest.split()[0]
+    assert "--limit" in (await run("history", "1", "--limit", "1")).out
+    assert len((await run("history", "-2")).out.splitlines()) == 3
+    assert (await run("history", "9")).out.startswith("no change is kept\n")
+    for wrong in (["007"], ["1", "2"], ["1", "--mapping", "other"]):
+        answer = await run("history", *wrong)
+        assert (answer.code, len(answer.said)) == (2, 1)
+
+
 async def test_runs_lists_and_shows_one(run: Run, redis: Redis) -> None:
     assert (await run("init")).code == 0
     assert (await run("runs")).out == "nothing has run yet\n"

@@ -2,14 +2,18 @@
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from threading import Thread
 from typing import Any
+from urllib.parse import quote
 
 import asyncpg
 import pytest
+from daemon_site import Site
 from engine import Engine
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from redis.asyncio import Redis
 
 from balancesync import table as tables
@@ -483,3 +487,130 @@ async def test_a_clock_that_goes_back_puts_no_change_before_another(
     run = await sync.good()
     assert [change[1] for change in await changes(pg)] == ["i", "u"]
     assert any("gone back" in warning for warning in run.warnings)
+
+
+# --- against a recorded ledger --------------------------------------------------------------------
+
+PAIR = {
+    "key": "w:{owner}:{n}",
+    "type": "hash",
+    "on_absent": "delete",
+    "columns": {"owner": "text", "n": "bigint", "amount": "numeric(10,3)", "note": "text"},
+}
+KEYS = [("a", "-1"), ("a", "2"), ("bö", "2"), ('q"\\ {}', "30"), (",", "4")]
+# What one run finds changed: a key, and its amount and note; no amount: the key is gone.
+Edit = tuple[int, str | None, str | None]
+Ledger = dict[Any, tuple[Any, ...]]
+EDITS = st.lists(
+    st.tuples(
+        st.integers(0, len(KEYS) - 1),
+        st.none() | st.decimals(-999, 999, places=3, allow_nan=False).map("{:f}".format),
+        st.sampled_from([None, "", "x", "y\n\\"]),
+    ),
+    max_size=4,
+)
+
+
+async def run_and_record(
+    sync: Engine, redis: Redis, pg: asyncpg.Connection, runs: Sequence[Sequence[Edit]]
+) -> list[tuple[datetime, Ledger]]:
+    """Make these changes run by run; return what the table was, with a moment after each run."""
+    ledger: list[tuple[datetime, Ledger]] = []
+    for edits in runs:
+        for number, amount, note in edits:
+            owner, n = KEYS[number]
+            key = f"w:{owner}:{n}"
+            await redis.delete(key)
+            if amount is not None:
+                await redis.hset(key, "amount", amount)
+            if amount is not None and note is not None:
+                await redis.hset(key, "note", note)
+        await sync.good(accept_loss=True)
+        rows = await pg.fetch("SELECT owner, n::text, amount, note FROM wallets")
+        table = {(row["owner"], row["n"]): (row["amount"], row["note"]) for row in rows}
+        ledger.append((await now(pg), table))
+    return ledger
+
+
+@settings(
+    max_examples=4,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(runs=st.lists(EDITS, min_size=3, max_size=6), batch=st.sampled_from([1, 2, 10_000]))
+async def test_any_past_is_what_a_ledger_says(
+    engine: MakeEngine,
+    redis: Redis,
+    pg: asyncpg.Connection,
+    runs: list[list[Edit]],
+    batch: int,
+) -> None:
+    await redis.flushdb()
+    await pg.execute(
+        "DROP SCHEMA IF EXISTS balancesync CASCADE; DROP TABLE IF EXISTS wallets;"
+        " CREATE TABLE wallets (owner text, n bigint, amount numeric(10,3), note text,"
+        " synced_at timestamptz, PRIMARY KEY (owner, n))"
+    )
+    sync = engine({**PAIR, "table": "wallets"}, history=KEPT, postgres={"apply_batch": batch})
+    ledger = await run_and_record(sync, redis, pg, runs)
+    # The moments in between are those just before the next run's own.
+    times = await pg.fetch("SELECT DISTINCT at FROM balancesync.changes ORDER BY at")
+    starts = [row["at"] for row in times]
+    for moment, table in ledger:
+        later = [at for at in starts if at > moment]
+        until = later[0] - timedelta(microseconds=1) if later else moment
+        for each in (moment, until):
+            assert await all_as_of(sync, each) == table
+            for owner, n in KEYS:
+                row = await one_as_of(sync, each, owner, n)
+                amount, note = table.get((owner, n), (None, None))
+                expected = None if amount is None else {"amount": f"{amount:f}", "note": note}
+                assert row == expected
+
+
+# --- who asks -------------------------------------------------------------------------------------
+
+
+async def test_a_past_balance_by_http(
+    postgres_dsn: str, redis_url: str, redis: Redis, pg: asyncpg.Connection
+) -> None:
+    await redis.mset({"balance:1": "1", "balance:2": "2"})
+    mapping = {"on_absent": "delete"}
+    async with Site.on(
+        postgres_dsn, redis_url, mapping, history=KEPT, guard={"max_loss": 1.0}
+    ) as site:
+        early = (await now(pg)).isoformat()
+
+        async def ask(key: str, moment: str) -> tuple[int, Any]:
+            return await site.ask(f"/balances/balances/{key}?as_of={quote(moment)}")
+
+        status, found = await ask("1", early)
+        assert (status, found["error"]["code"]) == (409, "no_history")
+        await site.sync()
+        then = await now(pg)
+        await redis.set("balance:1", "5")
+        await redis.delete("balance:2")
+        await site.sync()
+        status, found = await ask("1", then.isoformat())
+        assert (status, datetime.fromisoformat(found.pop("as_of"))) == (200, then)
+        assert found == {
+            "mapping": "balances",
+            "key": {"user_id": "1"},
+            "values": {"balance": "1.00"},
+            "source": "postgres",
+        }
+        assert (await ask("2", then.isoformat()))[1]["values"] == {"balance": "2.00"}
+        after = (await now(pg)).isoformat()
+        assert (await ask("1", after))[1]["values"] == {"balance": "5.00"}
+        assert [(await ask("2", after))[0], (await ask("3", after))[0]] == [404, 404]
+        status, found = await ask("1", early)
+        assert (status, found["error"]["code"]) == (409, "no_history")
+        assert "is known since" in found["error"]["message"]
+        for moment in ("yesterday", "2026-01-01", "2026-01-01T00:00:00", "9999999"):
+            assert (await ask("1", moment))[0] == 422
+        assert (await ask("007", then.isoformat()))[0] == 422
+        # The exact time of a change is a moment to be asked for.
+        at = await pg.fetchval("SELECT max(at) FROM balancesync.changes")
+        assert (await ask("1", at.isoformat()))[1]["values"] == {"balance": "5.00"}
+        before = (at - timedelta(microseconds=1)).isoformat()
+        assert (await ask("1", before))[1]["values"] == {"balance": "1.00"}
