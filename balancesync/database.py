@@ -57,6 +57,14 @@ _LOCK_POLL_S: Final = 0.1
 _RESERVED: Final = 2
 # Seconds, thirty years of them: to the driver, None would mean the connection's own limit.
 NO_LIMIT: Final = 1e9
+# A connection that breaks at the wrong moment confuses the driver: an InternalClientError.
+_DRIVER_ERRORS: Final = (
+    asyncpg.PostgresError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
+    OSError,
+    TimeoutError,
+)
 # Another session held a lock, or changed a table in the middle of the run.
 _PASSING: Final = (
     asyncpg.TransactionRollbackError,
@@ -219,7 +227,7 @@ class Database:
         """
         try:
             yield
-        except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError) as error:
+        except _DRIVER_ERRORS as error:
             ours = translate(error, self.address)
             if ours is None and last and isinstance(error, _PASSING):
                 said = str(error).splitlines()[0]

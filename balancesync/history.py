@@ -163,32 +163,30 @@ class History:
         return {name: row[f"v{number}"] for number, name in enumerate(columns, 1)}
 
     def all_as_of(self, mapping: MappingConfig, table: Table) -> str:
-        """The SELECT of all rows of a mapping as of a moment: key columns, then value columns.
+        """The SELECT of all rows of a mapping as of a moment; it may stand as a relation in FROM.
 
-        Its parameters are the mapping's name and the moment, the columns have their own types and
-        names. Ask `require` in the same transaction, REPEATABLE READ, before it and, if it isn't
-        one, after it. To read it a part at a time use a cursor, or fill a temporary table by
-        `CREATE TEMP TABLE ... AS` and nothing stays open: PostgreSQL spills to disk what doesn't
-        fit its work_mem. Rows come in no order. A row that was deleted since comes back, one that
-        was inserted since doesn't come.
+        $1 is the mapping's name, $2 the moment. Its columns are the table's: key columns, value
+        columns, `synced_at` if there is one (of a row that has changed since, the moment itself).
+        A row that was deleted since comes back, one that was inserted since doesn't come. Rows come
+        in no order; to read them in parts, declare a cursor or put them aside in a temporary table:
+        the server spills to disk what doesn't fit its work_mem. Ask `require` before and after, for
+        a run may forget meanwhile what the answer needs.
         """
-        keys, values = mapping.key_columns, mapping.value_columns
-        types = mapping.types
+        keys, values, types = mapping.key_columns, mapping.value_columns, mapping.types
+        columns = [quote(name) for name in (*keys, *values)]
+        later = [f"key[{number}]::{types[name].sql}" for number, name in enumerate(keys, 1)]
+        # Not as the column's own type: narrower than it was, it would round or cut.
+        later += [f"(old ->> {quote_literal(each)})::{staged_type(types[each])}" for each in values]
+        if mapping.synced_at:
+            columns.append(quote(mapping.synced_at))
+            later.append("$2")
         return _BLOCKS["all_as_of"].format(
             schema=self._schema,
             target=table.sql_name,
-            t_keys=", ".join(f"t.{quote(name)}" for name in keys),
-            t_values=", ".join(f"t.{quote(name)}" for name in values),
+            t_columns=", ".join(f"t.{column}" for column in columns),
+            later_columns=", ".join(later),
             keys_not_null=" AND ".join(f"t.{quote(name)} IS NOT NULL" for name in keys),
             t_key_texts=key_array(mapping, [f"t.{quote(name)}" for name in keys]),
-            key_elements=", ".join(
-                f"key[{number}]::{types[name].sql}" for number, name in enumerate(keys, 1)
-            ),
-            old_members=", ".join(
-                # Not as the column's own type: narrower than it was, it would round or cut.
-                f"(old ->> {quote_literal(name)})::{staged_type(types[name])}"
-                for name in values
-            ),
         )
 
     async def forget(self, connection: Connection) -> int:

@@ -53,8 +53,9 @@ async def all_as_of(
         await history.require(connection, mapping, moment)
         table = await tables.inspect(connection, mapping)
         rows = await connection.fetch(history.all_as_of(mapping, table), mapping.name, moment)
-    count = len(mapping.key_columns)
-    found = {tuple(map(str, tuple(row)[:count])): tuple(row)[count:] for row in rows}
+    count, end = len(mapping.key_columns), len(mapping.columns)
+    found = {tuple(map(str, tuple(row)[:count])): tuple(row)[count:end] for row in rows}
+    assert all(tuple(row)[end] is not None for row in rows)
     assert len(found) == len(rows)
     return found
 

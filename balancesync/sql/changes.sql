@@ -46,9 +46,9 @@ LEFT JOIN {target} AS t ON {same_key};
 -- name: all_as_of
 WITH later AS MATERIALIZED (
     SELECT DISTINCT ON (key) key, old FROM {schema}.changes
-    WHERE mapping = $1 AND at > $2 ORDER BY key, at
+    WHERE mapping = $1::text AND at > $2::timestamptz ORDER BY key, at
 )
-SELECT {t_keys}, {t_values} FROM {target} AS t
+SELECT {t_columns} FROM {target} AS t
 WHERE {keys_not_null} AND NOT EXISTS (SELECT FROM later WHERE later.key = {t_key_texts})
 UNION ALL
-SELECT {key_elements}, {old_members} FROM later WHERE old IS NOT NULL;
+SELECT {later_columns} FROM later WHERE old IS NOT NULL;
