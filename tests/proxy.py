@@ -68,6 +68,7 @@ class Proxy:
         self._watches: list[_Watch] = []
         self._left: int | None = None
         self._steps: dict[int, Callable[[], None]] = {}
+        self._stepping: _Link | None = None
 
     async def __aenter__(self) -> Self:
         await self.accept()
@@ -125,9 +126,9 @@ class Proxy:
         self._steps.clear()
 
     def lose_next_reply(self) -> None:
-        """On every connection, reset it in place of the next thing that the server says."""
-        for link in self._links:
-            link.loses_reply = asyncio.Event()
+        """Reset a connection in place of the server's reply: the one whose step it is."""
+        if self._stepping is not None:
+            self._stepping.loses_reply = asyncio.Event()
 
     def seen(self, pattern: bytes, *, later: int = 0) -> asyncio.Event:
         """Tell when a client sends this."""
@@ -182,7 +183,9 @@ class Proxy:
                 if up:
                     self.chunks += 1
                     if step := self._steps.pop(self.chunks, None):
+                        self._stepping = link
                         step()
+                        self._stepping = None
                     self._look(link, chunk)
                 elif link.loses_reply is not None:
                     link.loses_reply.set()

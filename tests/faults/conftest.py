@@ -12,7 +12,7 @@ from balancesync.embedded import PostgresServer, RedisServer
 from balancesync.model import Run
 from balancesync.server import Server
 from faults.figures import Figures
-from faults.ground import Frail, connected
+from faults.ground import Frail, Ground, connected
 
 TORTURE = "BALANCESYNC_TORTURE"
 
@@ -70,6 +70,14 @@ async def frail(
         await admin.execute("DROP SCHEMA IF EXISTS balancesync CASCADE")
         await admin.execute("DROP TABLE IF EXISTS balances")
     made = Frail(frail_postgres, redis, figures)
+    await made.begin()
+    yield made
+    await made.close()
+
+
+@pytest.fixture
+async def ground(postgres_dsn: str, redis_url: str, figures: Figures) -> AsyncIterator[Ground]:
+    made = Ground(postgres_dsn, redis_url, figures)
     await made.begin()
     yield made
     await made.close()

@@ -4,6 +4,7 @@ import asyncio
 import random
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -14,6 +15,8 @@ from redis.asyncio import Redis
 
 from balancesync.database import lock_key
 from balancesync.embedded import PostgresServer, RedisServer
+from balancesync.model import Request, Run
+from balancesync.sync import Sync
 from faults.figures import Figures
 from faults.ledger import Application, Ledger
 
@@ -115,43 +118,58 @@ class Frail(Ground):
     async def watched(self) -> AsyncIterator[tuple[Engine, Proxy, Proxy]]:
         """An engine, and the proxies that it goes through to PostgreSQL and to Redis."""
         async with Proxy(self.postgres.port) as before, Proxy(self.server.port) as source:
-            sections: dict[str, Any] = {**SMALL, "retry": RETRY}
+            sections: dict[str, Any] = {
+                "redis": {**SMALL["redis"], "timeout": 0.5},
+                "postgres": {**SMALL["postgres"], "timeout": 0.5},
+                "retry": RETRY,
+            }
             url = f"redis://127.0.0.1:{source.port}/0"
             made = Engine(make_config(through(self.postgres.dsn, before), url, **sections))
             yield made, before, source
             await made.close()
 
     async def survive(
-        self, strike: Callable[[], None], *, source_steps: bool = False, count: int
+        self, strike: Callable[[Proxy], None], *, source_steps: bool = False, count: int
     ) -> None:
         """A run for each fault, which strikes at steps all over it, and succeeds all the same."""
         async with self.watched() as (engine, before, source), self.application.at_work():
             proxy = source if source_steps else before
             began = proxy.chunks
-            await engine.good()
+            await self._run(engine)
             steps = proxy.chunks - began
             again = 0
             for step in spread(self.chance, steps, count):
                 await self.write(self.ledger.keys)
-                proxy.at_step(step, strike)
-                async with asyncio.timeout(60):
-                    run = await engine.good()
-                again += run.attempts > 1
+                proxy.at_step(step, partial(strike, proxy))
+                again += (await self._run(engine)).attempts > 1
                 proxy.forget_steps()
                 async with connected(self.postgres.dsn) as pg:
                     await self.prove(pg)
         # Not each costs an attempt, but if none did, nothing was struck.
         assert again >= count / 4
 
-    def kill_postgres(self) -> None:
+    async def _run(self, engine: Engine) -> Run:
+        # Not the engine's own `sync`, whose questions afterwards would be steps, too.
+        sync = Sync(engine.config, engine.database, engine.source)
+        async with asyncio.timeout(60):
+            run = await sync.run(Request("sync", "cli"))
+        self.figures.ran()
+        assert run.status == "succeeded", run.error
+        assert await self.engine.recorded(run) == run
+        return run
+
+    def kill_postgres(self, _proxy: Proxy | None = None) -> None:
+        """And back at once."""
         self.postgres.kill()
         self.postgres.start()
 
-    def kill_redis(self) -> None:
+    def kill_redis(self, _proxy: Proxy | None = None) -> None:
+        """And back at once, with everything."""
         self.server.kill()
         self.server.start()
 
-    def kill_both(self) -> None:
+    def kill_both(self, _proxy: Proxy | None = None) -> None:
+        """And back at once."""
         self.postgres.kill()
         self.kill_redis()
         self.postgres.start()

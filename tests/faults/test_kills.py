@@ -1,26 +1,15 @@
 """SIGKILL at any step of a run, of the daemon, of PostgreSQL, of Redis, under traffic."""
 
 import asyncio
-from collections.abc import AsyncIterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import asyncpg
-import pytest
 from proxy import Proxy
 from running import free_port
 
-from faults.figures import Figures
 from faults.forked import Forked
 from faults.ground import Frail, Ground, spread, through, until, until_free
-
-
-@pytest.fixture
-async def ground(postgres_dsn: str, redis_url: str, figures: Figures) -> AsyncIterator[Ground]:
-    made = Ground(postgres_dsn, redis_url, figures)
-    await made.begin()
-    yield made
-    await made.close()
 
 
 async def test_the_daemon_killed_at_any_step_under_traffic(
