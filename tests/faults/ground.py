@@ -60,11 +60,8 @@ def through(dsn: str, proxy: Proxy) -> str:
 
 
 def spread(chance: random.Random, whole: int, count: int) -> Sequence[int]:
-    """So many of the steps from 1 to `whole`, at random but everywhere; all, if there are fewer."""
-    if count >= whole:
-        return range(1, whole + 1)
-    size = whole / count
-    return [1 + int(size * (number + chance.random())) for number in range(count)]
+    """So many of the steps from 1 to `whole`, at random but everywhere."""
+    return [1 + int(whole * (number + chance.random()) / count) for number in range(count)]
 
 
 class Ground:
