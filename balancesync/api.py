@@ -170,7 +170,8 @@ class Api:
 
     async def runs(self, call: Call) -> web.Response:
         """What ran, newest first."""
-        asked = call.parameters("limit", "before")
+        asked = call.parameters("limit", "before", "brief")
+        brief = {"mappings": {}} if asked.switch("brief") else {}
         limit, before = asked.number("limit", _ROWS, _MOST_ROWS), asked.uuid("before")
 
         async def question(records: Records, connection: Connection) -> list[Run]:
@@ -181,7 +182,7 @@ class Api:
             if before is None or name < str(before):
                 found[name] = without_report(run)
         newest = sorted(found, reverse=True)[:limit]
-        return reply({"runs": [found[name] for name in newest]})
+        return reply({"runs": [found[name] | brief for name in newest]})
 
     async def run(self, call: Call) -> web.Response:
         """One run."""

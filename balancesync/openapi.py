@@ -126,7 +126,11 @@ def _runs(mappings: Schema) -> Schema:
         "the runs, newest first",
         {200: _answer("The runs.", record(runs=array(ref("Run"))))},
         errors=(422, 503),
-        parameters=(_LIMIT, _parameter("before", RUN_ID, "Only runs older than this one.")),
+        parameters=(
+            _LIMIT,
+            _parameter("before", RUN_ID, "Only runs older than this one."),
+            _parameter("brief", {**FLAG, "default": False}, "Without the counts by mapping."),
+        ),
     )
     run = _operation(
         "run",

@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,13 +40,21 @@ async def chromium() -> AsyncIterator[Browser]:
             await browser.close()
 
 
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """What a tab holds: bytes of its heap, nodes and listeners."""
+
+    heap: int
+    nodes: int
+    listeners: int
+
+
 class Tab:
-    """One tab on the page; `said` are the messages of its console, `sent` the bytes it was sent."""
+    """One tab on the page; `said` are the messages of its console."""
 
     def __init__(self, page: Page) -> None:
         self.page = page
         self.said: list[str] = []
-        self.sent: dict[str, int] = {}
         page.on("console", self._hear)
         page.on("pageerror", lambda error: self.said.append(str(error)))
 
@@ -64,6 +73,31 @@ class Tab:
         except Exception as error:
             now = await self.page.locator(selector).all_inner_texts()
             raise AssertionError(f"{selector} never said {text!r}, but {now}") from error
+
+    async def sent(self) -> dict[str, int]:
+        """The bytes of each answer that it got so far, with its headers, by URL."""
+        return dict(
+            await self.page.evaluate(
+                "['navigation', 'resource'].flatMap(kind => performance.getEntriesByType(kind))"
+                ".map(entry => [entry.name, entry.transferSize])"
+            )
+        )
+
+    async def first_paint_ms(self) -> float:
+        """When it first painted anything, from the start of its loading."""
+        return float(await self.page.evaluate("performance.getEntriesByType('paint')[0].startTime"))
+
+    async def footprint(self) -> Footprint:
+        """What it holds now, after a garbage collection."""
+        session = await self.page.context.new_cdp_session(self.page)
+        try:
+            await session.send("HeapProfiler.collectGarbage")
+            await session.send("Performance.enable")
+            found = await session.send("Performance.getMetrics")
+        finally:
+            await session.detach()
+        values = {each["name"]: int(each["value"]) for each in found["metrics"]}
+        return Footprint(values["JSHeapUsedSize"], values["Nodes"], values["JSEventListeners"])
 
     async def violations(self, *rules: str) -> list[str]:
         """What axe objects to: by these rules or sets of rules."""

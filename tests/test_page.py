@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import AsyncIterator, Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,10 +13,10 @@ from running import Inside, daemon_config
 
 from balancesync.config import Config
 from balancesync.embedded import PostgresServer, RedisServer
+from balancesync.model import new_run_id
 
 pytestmark = pytest.mark.slow
 
-STATIC = Path(__file__).parent.parent / "balancesync" / "static"
 MOST_BYTES = 120_000
 MARKUP = "<img src=x onerror=alert(1)>"
 TEXT_KEYS: dict[str, Any] = {"columns": {"user_id": "text", "balance": "numeric(30,2)"}}
@@ -74,6 +73,10 @@ async def test_a_day_like_any_other(
             await page.until("#verdict-title", "is in PostgreSQL, but for 3 rejects")
             await page.until("#next", "in ")
             await page.until("#connection", "Connected")
+            sent = await page.sent()
+            assert sum(sent.values()) < MOST_BYTES, sent
+            assert not [url for url in sent if not url.startswith(address(config))]
+            print(f"{sum(sent.values()):,} bytes, painted at {await page.first_paint_ms():.0f} ms")
             await page.look("healthy")
 
 
@@ -257,3 +260,48 @@ async def test_a_lost_connection_shows_and_heals(
             await page.until("#verdict-title", "Safe")
             await page.until("#connection", "Connected")
             assert await page.page.locator("#runs tbody tr").count() == 2
+
+
+def a_run(daemon: Inside, model: dict[str, Any]) -> None:
+    """Tell of a run from its request to its end, by ten events, though there is none."""
+    run = model | {"id": str(new_run_id())}
+    publish = daemon.daemon.events.publish
+    publish("run_queued", run | {"status": "queued"})
+    publish("run_started", run | {"status": "running"})
+    for done in range(7):
+        progress = {"phase": "scan", "mapping": "balances", "done": done, "total": 7, "ratio": 0.5}
+        publish("run_progress", progress | {"run_id": run["id"]})
+    publish("run_finished", run | {"scanned": 1_000_000, "updated": 17})
+
+
+async def test_a_day_of_events_leaves_its_memory_flat(
+    browser: Browser, postgres_dsn: str, redis_url: str, redis: Redis
+) -> None:
+    config = daemon_config(postgres_dsn, redis_url)
+    await redis.set("balance:1", "1")
+    async with Inside(config) as daemon, tab(browser, address(config)) as page:
+        await daemon.leads()
+        await daemon.api.sync()
+        [model] = daemon.log.all("run_finished")
+        await page.until("#connection", "Connected")
+
+        async def runs(number: int) -> None:
+            for turn in range(number):
+                a_run(daemon, model)
+                # A reader that lags by 1,000 events is dropped.
+                if turn % 10 == 9:
+                    await daemon.api.document("/status")
+            last = model | {"id": str(new_run_id()), "status": "failed", "error": f"after {number}"}
+            daemon.daemon.events.publish("run_finished", last)
+            await page.until("#runs tbody", f"after {number}")
+
+        await runs(50)
+        before = await page.footprint()
+        await runs(150)
+        await runs(151)
+        after = await page.footprint()
+        print(before, after)
+        assert after.nodes <= before.nodes + 50
+        assert after.listeners <= before.listeners + 5
+        assert after.heap < before.heap + 250_000
+        assert page.said == []

@@ -1,14 +1,15 @@
 // Wires the daemon to the page: what is asked when, and what a button does.
 
-import { draw } from "./chart.js";
 import { ask, follow, Problem, read } from "./daemon.js";
 import * as view from "./view.js";
 import * as words from "./words.js";
 
+// By far the largest part, and not needed for the first words.
+const chart = import("./chart.js");
 const POLL_MS = 5000;
 const SOON_MS = 150;
 const NEWS_MS = 60000;
-const KEPT_RUNS = 30;
+const KEPT_RUNS = 20;
 const FEW_RUNS = 8;
 const SAMPLES = 20;
 const ENDED = (run) => !["queued", "running"].includes(run.status);
@@ -48,6 +49,7 @@ async function refresh() {
     state.lost = null;
   } catch (problem) {
     if (!(problem instanceof Problem)) throw problem;
+    if (state.lost === null) tell("");
     state.lost ??= now();
   } finally {
     state.due = 0;
@@ -67,7 +69,7 @@ async function load() {
 }
 
 async function loadRuns() {
-  const { document } = await read(`runs?limit=${KEPT_RUNS}`);
+  const { document } = await read(`runs?limit=${KEPT_RUNS}&brief=true`);
   document.runs.forEach(take);
   state.knows = state.read = true;
 }
@@ -198,7 +200,7 @@ function showRuns() {
   view.showRuns(runs, state.shown, now(), state.read);
   const writing = runs.filter((run) => run.mode === "apply").reverse();
   view.byId("charts").hidden = writing.length === 0;
-  if (writing.length) draw(writing, now());
+  if (writing.length) chart.then(({ draw }) => draw(writing, now()));
 }
 
 function showCurrent() {

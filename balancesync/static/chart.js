@@ -1,6 +1,6 @@
 // The two charts of the last runs: how long each took, and what became of its records.
-/* global uPlot */
 
+import uPlot from "./uplot.js";
 import { ENDED_BADLY, ENDED_WELL, OUTCOMES, count, moment, nameOf, outcome, short, span } from "./words.js";
 
 const HEIGHT = 190;

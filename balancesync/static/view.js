@@ -192,9 +192,9 @@ export function showSamples(row, rejects, now) {
   say("samples-title", `${row.name} in ${row.mapping}: ${first}`);
   say("samples-all", `balancesync rejects --mapping ${row.mapping} --reason ${row.name} --limit ${row.number}`);
   fill(byId("samples").querySelector("tbody"), rejects.map((each) => make("tr", "",
-    make("td", "text", make("code", "", cut(each.key))),
+    make("td", "text", make("code", "", cut(each.key)), make("small", "", cut(each.detail))),
     make("td", "text", each.value === null ? make("span", "soft", "none") : make("code", "", cut(each.value))),
-    make("td", "text", each.detail), make("td", "nowrap", time(each.first_seen, now)))));
+    make("td", "wide", time(each.first_seen, now)))));
   byId("samples").hidden = false;
   byId("samples-title").focus();
 }
