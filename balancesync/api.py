@@ -171,7 +171,7 @@ class Api:
     async def runs(self, call: Call) -> web.Response:
         """What ran, newest first."""
         asked = call.parameters("limit", "before", "brief")
-        brief = {"mappings": {}} if asked.switch("brief") else {}
+        brief: Document = {"mappings": {}} if asked.switch("brief") else {}
         limit, before = asked.number("limit", _ROWS, _MOST_ROWS), asked.uuid("before")
 
         async def question(records: Records, connection: Connection) -> list[Run]:
