@@ -2,48 +2,24 @@
 
 redis-py's own connection reconnects and retries by itself, which turns a scan over two servers into
 one that looks whole, and packs commands in Python. So redis-py reads the URL and makes the TLS
-context, hiredis packs and parses, and a dead connection stays dead. What an error leads to:
-
-    what happens                                                      raised            again?
-    refused, no such host, no answer in time, closed                  RedisUnavailable  yes
-    LOADING BUSY MASTERDOWN READONLY CLUSTERDOWN TRYAGAIN             RedisUnavailable  yes
-    MISCONF OOM NOREPLICAS, too many clients                          RedisUnavailable  yes
-    MOVED ASK in a cluster                                            SourceChanged     yes
-    MOVED ASK CROSSSLOT with redis.cluster = false                    ConfigError       no
-    NOAUTH WRONGPASS DENIED, no such database                         ConfigError       no
-    NOPERM                                                            RightMissing      no
-    a certificate that isn't accepted, no TLS at the port, no Redis   ConfigError       no
-    any other error reply                                             RunFailed         no
-
-https://redis.io/docs/latest/develop/reference/protocol-spec/ (RESP2)
+context (`access`), hiredis packs and parses, and a dead connection stays dead. `answers` tells what
+each error leads to. https://redis.io/docs/latest/develop/reference/protocol-spec/ (RESP2)
 """
 
 import asyncio
-import os
-import socket
-import ssl
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any, Final, cast
-from urllib.parse import unquote, urlsplit
 
 import hiredis
 
-from balancesync.errors import (
-    BalanceSyncError,
-    ConfigError,
-    RedisUnavailable,
-    RightMissing,
-    RunFailed,
-    SourceChanged,
-)
-from balancesync.urls import redis_database
+from balancesync.access import Access, Address
+from balancesync.answers import explain, unreachable
+from balancesync.errors import BalanceSyncError, ConfigError, RedisUnavailable
 
 CLIENT_NAME: Final = b"balancesync"
-DEFAULT_PORT: Final = 6379
 
 # One command, a tuple of its words, in RESP; hiredis' own stub takes a single word only.
 pack: Final = cast("Callable[[tuple[bytes, ...]], bytes]", hiredis.pack_command)
@@ -53,90 +29,6 @@ _TICKS: Final = 4
 _PINGS: Final = 3
 _NEAR_S: Final = 0.000_5
 _WIDEST: Final = 8
-_LONGEST_QUOTE: Final = 200
-
-# The first word of an error reply: https://github.com/redis/redis/blob/7.0/src/server.c, `shared`.
-_ANSWERS: Final[dict[str, tuple[type[BalanceSyncError], str]]] = {
-    "LOADING": (RedisUnavailable, "is loading its data"),
-    "BUSY": (RedisUnavailable, "is busy with another client's script"),
-    "MASTERDOWN": (RedisUnavailable, "is a replica that has lost its primary"),
-    "READONLY": (RedisUnavailable, "is a read-only replica"),
-    "CLUSTERDOWN": (RedisUnavailable, "says that its cluster is down"),
-    "TRYAGAIN": (RedisUnavailable, "is moving slots to another node"),
-    "MISCONF": (RedisUnavailable, "can't save to its disk and takes no writes"),
-    "OOM": (RedisUnavailable, "has reached maxmemory and takes no writes"),
-    "NOREPLICAS": (RedisUnavailable, "has too few replicas and takes no writes"),
-    "NOAUTH": (ConfigError, "wants a password; put it into redis.url"),
-    "WRONGPASS": (ConfigError, "rejects the user or password of redis.url"),
-    "DENIED": (ConfigError, "is in protected mode: only its own machine may connect"),
-    "CROSSSLOT": (ConfigError, "is a node of a cluster; set redis.cluster = true"),
-}
-_TOO_MANY: Final = "ERR max number of clients"
-
-
-@dataclass(frozen=True, slots=True)
-class Address:
-    """Where a server listens: host and port, or the path of a socket."""
-
-    host: str = ""
-    port: int = 0
-    path: str = ""
-
-    def __str__(self) -> str:
-        if self.path:
-            return self.path
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-
-
-@dataclass(frozen=True, slots=True)
-class Access:
-    """How to connect, wherever the server is."""
-
-    timeout: float
-    clustered: bool
-    database: int
-    username: str | None
-    password: str | None = field(repr=False)
-    tls: ssl.SSLContext | None
-
-
-def parse(url: str, *, timeout: float, clustered: bool) -> tuple[Address, Access]:
-    """Take a URL that `urls.check_redis_url` accepts apart; `timeout` in seconds.
-
-    Raises ConfigError: an ssl_ option that isn't one, or names a file that can't be used.
-    """
-    parts = urlsplit(url)
-    if parts.scheme == "unix":
-        address = Address(path=unquote(parts.path))
-    else:
-        address = Address(unquote(parts.hostname or "localhost"), parts.port or DEFAULT_PORT)
-    access = Access(
-        timeout=timeout,
-        clustered=clustered,
-        database=redis_database(url),
-        username=unquote(parts.username) if parts.username else None,
-        password=unquote(parts.password) if parts.password else None,
-        tls=_tls_context(url) if parts.scheme == "rediss" else None,
-    )
-    return address, access
-
-
-def _tls_context(url: str) -> ssl.SSLContext:
-    # Here alone, and not with the imports above: redis-py takes 27 MB that most never need.
-    from redis.asyncio.connection import SSLConnection, parse_url  # noqa: PLC0415
-    from redis.exceptions import RedisError  # noqa: PLC0415
-
-    try:
-        options: dict[str, Any] = {
-            name: value for name, value in parse_url(url).items() if name[:4] == "ssl_"
-        }
-        return SSLConnection(**options).ssl_context.get()
-    except OSError as error:  # also an SSLError: no certificate in the file
-        raise ConfigError(
-            f"redis.url: the files of its ssl_ options can't be used: {error.strerror}"
-        ) from None
-    except (TypeError, ValueError, RedisError):
-        raise ConfigError("redis.url: one of its ssl_ options isn't known, or its value") from None
 
 
 def pack_each(before: tuple[bytes, ...], keys: list[bytes], after: tuple[bytes, ...] = ()) -> bytes:
@@ -174,7 +66,7 @@ async def connect(address: Address, access: Access) -> "Connection":
             f"Redis at {address} doesn't answer within redis.timeout = {access.timeout:g} s{hint}"
         ) from None
     except OSError as error:
-        raise _unreachable(address, error) from None
+        raise unreachable(address, error) from None
     except BaseException:
         await connection.close()
         raise
@@ -268,33 +160,8 @@ class Connection(asyncio.Protocol):
         return reply
 
     def explain(self, text: str, command: bytes) -> BalanceSyncError:
-        """What an error reply to `command` means to us; see the table above."""
-        code = text.partition(" ")[0]
-        if code in _ANSWERS:
-            error, meaning = _ANSWERS[code]
-            return error(f"Redis at {self.address} {meaning}")
-        if code in ("MOVED", "ASK"):
-            if self._access.clustered:
-                return SourceChanged(f"Redis at {self.address} has given slots to another node")
-            return self._misfit(_ANSWERS["CROSSSLOT"][1])
-        if text.startswith(_TOO_MANY):
-            return self._unavailable("has reached its maximum number of clients")
-        name = command.decode("ascii", "replace").upper()
-        if code == "NOPERM":
-            what = f"run {name}; ACL SETUSER ... +{name.lower()}"
-            # The user's name comes before these words.
-            if "key" in text.partition(" to access ")[2]:
-                what = "read the mapping's keys; ACL SETUSER ... ~PATTERN"
-            return RightMissing(
-                f"Redis at {self.address} doesn't let this user {what}, see docs/security.md"
-            )
-        # What is said to AUTH may repeat the password.
-        if name == "AUTH":
-            return self._misfit("rejects the user or password of redis.url")
-        if name == "SELECT":
-            return self._misfit(f"has no database {self._access.database}")
-        quote = " ".join(text.split())[:_LONGEST_QUOTE]
-        return RunFailed(f"Redis at {self.address} answers {name} with: {quote}")
+        """What an error reply to `command` means to us."""
+        return explain(text, command, self.address, self._access)
 
     async def introduce(self) -> None:
         """Authenticate, select the database, say who we are."""
@@ -361,7 +228,8 @@ class Connection(asyncio.Protocol):
                 if not future.done():
                     future.set_result(reply)
         except hiredis.ProtocolError:
-            self._abort(self._misfit("speaks another protocol: is it a Redis, and without TLS?"))
+            odd = "speaks another protocol: is it a Redis, and without TLS?"
+            self._abort(ConfigError(f"Redis at {self.address} {odd}"))
 
     def connection_lost(self, error: Exception | None) -> None:
         if self._failure is None:
@@ -405,19 +273,3 @@ class Connection(asyncio.Protocol):
 
     def _unavailable(self, what: str) -> RedisUnavailable:
         return RedisUnavailable(f"Redis at {self.address} {what}")
-
-    def _misfit(self, what: str) -> ConfigError:
-        return ConfigError(f"Redis at {self.address} {what}")
-
-
-def _unreachable(address: Address, error: OSError) -> BalanceSyncError:
-    if isinstance(error, ssl.SSLCertVerificationError):
-        why = error.verify_message or "it doesn't verify"
-        return ConfigError(f"the certificate of Redis at {address} isn't accepted: {why}")
-    if isinstance(error, ssl.SSLError):
-        return ConfigError(f"Redis at {address} speaks no TLS that we accept; see redis.url")
-    if isinstance(error, socket.gaierror):
-        return RedisUnavailable(f"Redis at {address} can't be reached: no such host")
-    # A host of several addresses raises an error without a number.
-    why = os.strerror(error.errno).lower() if error.errno else "none of its addresses answers"
-    return RedisUnavailable(f"Redis at {address} can't be reached: {why}")

@@ -10,7 +10,8 @@ from typing import Any, Final
 
 import hiredis
 
-from balancesync.connection import Access, Address, Connection, connected, pack
+from balancesync.access import Access, Address
+from balancesync.connection import Connection, connected, pack
 from balancesync.errors import ConfigError, RedisUnavailable, RightMissing, SourceChanged
 
 ALL_SLOTS: Final = 16_384

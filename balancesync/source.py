@@ -11,7 +11,7 @@ to ask gets new ones, and whoever is still using the old ones ends in peace; so 
 before Redis is up and outlives its restarts. Nothing is ever asked twice.
 
 The rights it takes: SCAN, MGET (in a cluster GET), TYPE, EXISTS, PTTL, PING, and those that `nodes`
-names; for hashes HMGET, with `member` HSCAN and HEXISTS too. `connection` tells what each error
+names; for hashes HMGET, with `member` HSCAN and HEXISTS too. `answers` tells what each error
 leads to.
 """
 
@@ -22,8 +22,9 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Final, Self
 
+from balancesync.access import Address, parse
 from balancesync.config import RedisConfig
-from balancesync.connection import Address, Connection, connect, parse
+from balancesync.connection import Connection, connect
 from balancesync.errors import ConfigError, RedisUnavailable, SourceChanged, Transient
 from balancesync.model import RawBatch, RawValue
 from balancesync.nodes import (
@@ -85,7 +86,7 @@ class _Shared:
 
 
 class Source:
-    """Redis as `config` names it. Every method that speaks to it raises what `connection` lists."""
+    """Redis as `config` names it. Every method that speaks to it raises what `answers` lists."""
 
     def __init__(self, config: RedisConfig) -> None:
         """Connects to nothing yet. Raises ConfigError: the URL's ssl_ files can't be used."""

@@ -6,8 +6,9 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Final
 
+from balancesync.access import parse
 from balancesync.config import RedisConfig
-from balancesync.connection import Connection, connected, parse
+from balancesync.connection import Connection, connected
 
 Balances = dict[str, int]
 

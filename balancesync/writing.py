@@ -17,7 +17,8 @@ from typing import Any, Final, TypeAlias, cast
 
 import hiredis
 
-from balancesync.connection import Address, Connection, pack
+from balancesync.access import Address
+from balancesync.connection import Connection, pack
 from balancesync.model import RawValue
 from balancesync.nodes import Layout
 from balancesync.reading import Pace, Reading, Values

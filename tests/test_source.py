@@ -18,8 +18,9 @@ from proxy import Proxy
 from pydantic import SecretStr
 from redis.asyncio import Redis
 
+from balancesync.access import parse
 from balancesync.config import RedisConfig
-from balancesync.connection import connect, connected, parse
+from balancesync.connection import connect, connected
 from balancesync.embedded import RedisServer
 from balancesync.errors import (
     BalanceSyncError,

@@ -11,8 +11,8 @@ from engine import Engine, make_config
 from pydantic import SecretStr
 from redis.crc import key_slot
 
+from balancesync.access import Address, parse
 from balancesync.config import RedisConfig
-from balancesync.connection import Address, parse
 from balancesync.embedded import RedisServer
 from balancesync.errors import ConfigError, RedisUnavailable, SourceChanged
 from balancesync.model import RawValue, WrongType
