@@ -27,7 +27,11 @@ from faults.ledger import Ledger
 T = TypeVar("T")
 
 KEYS = 40
-KEY_SETS = st.sets(st.integers(0, KEYS - 1), min_size=1)
+# Few of them or nearly all.
+KEY_SETS = st.one_of(
+    st.sets(st.integers(0, KEYS - 1), min_size=1, max_size=5),
+    st.sets(st.integers(0, KEYS - 1), max_size=8).map(lambda left: {*range(KEYS)} - left),
+)
 STEPS = st.integers(1, 60)
 SPOILED = st.sampled_from(["", "1,5", "NaN", "1.005", "abc", "1e30"])
 
@@ -116,6 +120,14 @@ class Story(RuleBasedStateMachine):
         self.held = {}
 
     @rule(keys=KEY_SETS)
+    def start_again_from_zero(self, keys: set[int]) -> None:
+        """A loss that a run has seen, and an application that goes on without its balances."""
+        self.flush()
+        self.sync_undisturbed()
+        self.pay(keys)
+        self.sync_undisturbed()
+
+    @rule(keys=KEY_SETS)
     def bring_back(self, keys: set[int]) -> None:
         """What PostgreSQL has is put back."""
         for key in keys & self.rows.keys():
@@ -151,7 +163,7 @@ class Story(RuleBasedStateMachine):
         self.source.at_step(1 + step // 3, act)
         self.judge(self.execute(), done=False)
 
-    @rule(batch=st.integers(1, 10))
+    @rule(batch=st.integers(1, 8))
     def sync_while_redis_is_flushed(self, batch: int) -> None:
         flushed = False
 
@@ -283,7 +295,7 @@ def test_every_story_ends_well(
     run_state_machine_as_test(
         Told,
         settings=settings(
-            max_examples=60 if torture else 7,
+            max_examples=60 if torture else 10,
             stateful_step_count=30 if torture else 10,
             derandomize=not torture,
             database=None,
