@@ -15,6 +15,7 @@ from balancesync.config import Config, JobConfig
 from balancesync.database import Database
 from balancesync.documents import Document
 from balancesync.leadership import Leadership
+from balancesync.live import Live
 from balancesync.metrics import Metrics
 from balancesync.model import Mode, Request
 from balancesync.notify import Notifier
@@ -51,6 +52,15 @@ class Daemon:
         self._schedule = Schedule(config.schedule, self.fire)
         self._leadership = Leadership(self._database, self.state.name, self._lead)
         self._probing = Probing(
+            config,
+            self._database,
+            self._source,
+            state=self.state,
+            publish=self._publish,
+            runner=self.runner,
+            metrics=self.metrics,
+        )
+        self._live = Live(
             config,
             self._database,
             self._source,
@@ -106,12 +116,14 @@ class Daemon:
                 group.create_task(self._leadership.serve()),
                 group.create_task(self._probing.serve()),
                 group.create_task(self._report()),
+                group.create_task(self._live.serve()),
             ]
             running = group.create_task(self.runner.serve())
             await self._stop.wait()
             self.state.draining = True
             self.runner.drain()
             await running
+            await self._live.settle()
             await self._probing.record_late()
             self.events.close()
             for helper in helpers:
@@ -127,6 +139,7 @@ class Daemon:
     def _publish(self, kind: str, document: Document) -> None:
         self.metrics.take(kind, document)
         self._probing.take(kind, document)
+        self._live.take(kind, document)
         self.events.publish(kind, document)
 
     def stop(self) -> None:
@@ -163,10 +176,15 @@ class Daemon:
         if not leads and leader:
             self.runner.owed.clear()
         log.info("leading" if leads else "standing by", leader=leader)
+        starting: Request | None = None
         if leads and self._config.schedule.on_start:
             # Leading again with nobody in between: PostgreSQL was away, and this makes up for it.
             trigger = "recovery" if self._last_leader == leader else "startup"
-            self.runner.submit(Request("sync", trigger, force=False))
+            starting = Request("sync", trigger, force=False)
+        if self._live.enabled:
+            self._live.lead(leads, leader, starting)
+        elif starting:
+            self.runner.submit(starting)
         self._last_leader = leader or self._last_leader
 
     async def _report(self) -> None:

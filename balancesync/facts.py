@@ -153,7 +153,8 @@ class Facts:
                 checks["schema"] = overview.check("failed", self._records.error)
         checks["postponed"] = self._postponed_check()
         if self._config.live.enabled:
-            checks["live"] = overview.check("ok" if state.live == "up" else "degraded", state.live)
+            is_well = state.live == "up" or self.is_standby
+            checks["live"] = overview.check("ok" if is_well else "degraded", state.live)
         document = overview.health_document(checks)
         if document["status"] == "unhealthy":
             if self.state not in ("standby", "draining"):

@@ -18,7 +18,7 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from balancesync.model import Known
+from balancesync.model import Counts, Known
 
 # A series for when each other one began: nobody asked for them, and they double the lot.
 disable_created_metrics()  # type: ignore[no-untyped-call]  # the library left this one out
@@ -175,6 +175,9 @@ class Metrics:
                 self.progress.set(0)
             case "run_progress":
                 self.progress.set(document["ratio"] or 0)
+            case "run_finished" if document["job"] == "live":
+                # Its records were counted with each flush, and a minute is no duration.
+                self.runs.labels("live", "live", document["status"]).inc()
             case "run_finished":
                 self.in_progress.set(0)
                 self.progress.set(0)
@@ -199,6 +202,15 @@ class Metrics:
             for mapping, counts in run["mappings"].items():
                 for outcome in OUTCOMES:
                     self.records.labels(mapping, outcome).inc(counts[outcome])
+
+    def count_flush(self, counts: Mapping[str, Counts], lags: Iterable[float]) -> None:
+        """Count a flush of live mode by mapping; `lags` in seconds, from arrival to commit."""
+        for lag in lags:
+            self.live_lag.observe(lag)
+        for mapping, found in counts.items():
+            for outcome, count in found.as_dict().items():
+                if count and outcome in OUTCOMES:
+                    self.records.labels(mapping, outcome).inc(count)
 
     def remember(self, known: Known) -> None:
         """Take over what PostgreSQL knows, so that it's right after a restart and on a standby."""

@@ -95,7 +95,8 @@ async def read(database: Database) -> Recorded:
     writer = lock_key("writer", database.config.schema)
     async with database.acquire() as connection:
         await Steps(database).check(connection)
-        runs = await records.runs(connection, limit=_SEARCHED_RUNS)
+        # A flush of live mode isn't a run to those who ask what runs.
+        runs = await records.runs(connection, limit=_SEARCHED_RUNS, live=False)
         known = await records.remembered(connection)
         return Recorded(
             at=await connection.fetchval("SELECT clock_timestamp()"),

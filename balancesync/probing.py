@@ -82,7 +82,7 @@ class Probing:
 
     def take(self, kind: str, document: Dictionary[str, Any]) -> None:
         """Hear of an event: a run that ended changes what the metrics must know."""
-        if kind == "run_finished":
+        if kind == "run_finished" and document["job"] != "live":
             self._refresh_at = 0.0
             self._remember_size(document)
             self._sample_due |= document["status"] == "succeeded" and document["mode"] == "apply"

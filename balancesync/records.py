@@ -67,6 +67,10 @@ class Records:
         """Show the run as running for as long as this session lives, beside others that do."""
         await connection.execute("SELECT pg_advisory_lock_shared($1)", self.lock_key_of(run.id))
 
+    async def end(self, connection: Connection, run: Run) -> None:
+        """Let go of what `begin` holds, in a session that goes on; the run is saved already."""
+        await connection.execute("SELECT pg_advisory_unlock_shared($1)", self.lock_key_of(run.id))
+
     async def save(self, connection: Connection, run: Run) -> None:
         """Record the run as it is now."""
         await connection.execute(
@@ -100,9 +104,10 @@ class Records:
         limit: int = 100,
         before: UUID | None = None,
         one: UUID | None = None,
+        live: bool = True,
     ) -> list[Run]:
-        """Recorded runs, newest first."""
-        rows = await connection.fetch(self._sql["runs"], before, one, limit)
+        """Recorded runs, newest first; with `live` those of live mode, too."""
+        rows = await connection.fetch(self._sql["runs"], before, one, limit, live)
         return [_run(dict(row)) for row in rows]
 
     async def last_success(self, connection: Connection) -> Run | None:
@@ -180,6 +185,27 @@ class Records:
         await connection.execute(
             self._sql["heal_rejects"], at, list(scanned), configured, timeout=NO_LIMIT
         )
+
+    async def merge_keyed_rejects(
+        self,
+        connection: Connection,
+        run: Run,
+        at: datetime,
+        read: Mapping[str, Sequence[bytes]],
+        *,
+        staged: bool,
+    ) -> None:
+        """Keep what this session staged as rejects; of the keys that were `read`, by mapping, those
+        that are no more are healed. Ends with nothing staged; `staged` tells whether anything is.
+        """
+        if staged:
+            await connection.execute(self._sql["merge_rejects"], at, run.id)
+        for row in await connection.fetch(self._sql["mappings_with_rejects"], list(read)):
+            name = row["mapping"]
+            await connection.execute(self._sql["heal_keys"], at, name, list(read[name]))
+        if staged:
+            await connection.execute(self._sql["empty_rejects"])
+            await connection.execute(self._sql["vacuum_rejects"])
 
     async def remembered(self, connection: Connection) -> dict[str, Remembered]:
         """What the guard knows, by mapping."""

@@ -24,6 +24,7 @@ _COMPANY_S: Final = 1.0
 # A progress event is for people: more often than this only costs.
 _PROGRESS_S: Final = 0.5
 _GRACE_S: Final = 30.0
+_FLUSH_S: Final = 10.0
 # A day of hourly runs, with some to spare.
 _MOST_UNRECORDED: Final = 100
 
@@ -86,6 +87,8 @@ class Runner:
         self._sync: Sync | None = None
         self._wake = asyncio.Event()
         self._told = 0.0
+        # Our own flushes give way to those who wait for the lock.
+        self._flush_s = _FLUSH_S if config.live.enabled else 0.0
 
     @property
     def queued(self) -> tuple[Ticket, ...]:
@@ -154,7 +157,7 @@ class Runner:
         )
         self._publish("run_started", run_document(ticket.run))
         try:
-            await sync.run(ticket.request, queued=ticket.run, postpone=True)
+            await sync.run(ticket.request, queued=ticket.run, postpone=True, wait_s=self._flush_s)
         finally:
             self.current = self._sync = None
         ticket.reports = sync.reports

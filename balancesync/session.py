@@ -121,9 +121,20 @@ class Session:
         now: datetime = await self.connection.fetchval("SELECT clock_timestamp()")
         return now
 
+    async def plan_by_index(self) -> None:
+        """Make the session ready for work on rows that are reached one by one, in key order.
+
+        A nested loop keeps the order of its outer side; a hash or merge join wouldn't, and one pass
+        over the table is never cheaper to a planner that knows nothing of a temporary one.
+        """
+        for setting in ("enable_seqscan", "enable_hashjoin", "enable_mergejoin"):
+            await self.connection.execute(f"SET {setting} = off")
+        milliseconds = round(self.database.config.lock_timeout * 1000)
+        await self.connection.execute(f"SET lock_timeout = {milliseconds}")
+
     async def use_any_plan(self) -> None:
-        """End what `Writer.plan_by_index` began."""
-        for setting in ("enable_hashjoin", "enable_mergejoin", "lock_timeout"):
+        """End what `plan_by_index` began, or `Writer.plan_by_index`."""
+        for setting in ("enable_seqscan", "enable_hashjoin", "enable_mergejoin", "lock_timeout"):
             await self.connection.execute(f"RESET {setting}")
 
     @asynccontextmanager

@@ -125,7 +125,7 @@ class Sync:
         finally:
             if self._between is not None:
                 self._between.terminate()
-        _log_run(run)
+        log_run(run)
         return run
 
     async def _attempts(
@@ -226,7 +226,8 @@ def _status_of(error: BalanceSyncError, *, postpone: bool) -> Status:
     return "failed"
 
 
-def _log_run(run: Run) -> None:
+def log_run(run: Run) -> None:
+    """The one line that says how a run ended."""
     write = log.info if run.status in ("succeeded", "skipped") else log.error
     write(
         "run",

@@ -29,6 +29,10 @@ _CHANNEL: Final = b"__redis__:invalidate"
 _PROVE_S: Final = 1.0
 # A SWAPDB, or a primary that the Sentinels have replaced, is noticed by asking alone.
 _DESCRIBE_EVERY: Final = 5
+# Lags are measured from marks: one arrival in so many seconds tells as much as all of them.
+_MARK_S: Final = 0.01
+# Keys of others may come in between, and only who takes them can tell.
+_LEAST_LIMIT: Final = 100_000
 
 
 def disjoint(prefixes: Iterable[bytes]) -> list[bytes]:
@@ -47,23 +51,50 @@ def disjoint(prefixes: Iterable[bytes]) -> list[bytes]:
 class Tracking:
     """The keys that change from `open` on, until there is a `gap`.
 
-    `gap` says why changes may have been missed; None: none was. `changed` are the keys since
-    `take`, and `stirred` is set when there is one, or a gap. `identity` is who tells.
+    `gap` says why changes may have been missed; None: none was. `identity` is who tells.
     """
 
-    def __init__(self, source: Source, hearing: Connection, asking: Connection) -> None:
+    def __init__(
+        self,
+        source: Source,
+        hearing: Connection,
+        asking: Connection,
+        *,
+        limit: int,
+        stirred: asyncio.Event,
+        hurry: asyncio.Event,
+    ) -> None:
         """Made by `open`."""
         self.gap: str | None = None
-        self.stirred = asyncio.Event()
-        self.changed: set[bytes] = set()
         self.identity: Identity
         self._source = source
         self._hearing = hearing
         self._asking = asking
+        self._limit = max(limit, _LEAST_LIMIT)
+        self._stirred = stirred
+        self._hurry = hurry
+        self._changed: set[bytes] = set()
+        self._arrivals: list[float] = []
+        self._loop = asyncio.get_running_loop()
 
     @classmethod
-    async def open(cls, source: Source, prefixes: Iterable[bytes]) -> "Tracking":
+    async def open(
+        cls,
+        source: Source,
+        prefixes: Iterable[bytes],
+        *,
+        limit: int,
+        stirred: asyncio.Event,
+        hurry: asyncio.Event,
+    ) -> "Tracking":
         """Have the keys with these prefixes told from now on.
+
+        Args:
+            source: the Redis.
+            prefixes: what the keys begin with; an empty one means all keys.
+            limit: the most keys between two calls of `take`; more are a gap.
+            stirred: is set when a key is told.
+            hurry: is set with it when there's a gap.
 
         Raises RedisUnavailable, SourceChanged, or ConfigError: the server or its ACL won't do it.
         """
@@ -73,7 +104,7 @@ class Tracking:
             asking, again = await source.open_own()
             stack.push_async_callback(asking.close)
             identity.check(again.nodes[0])
-            tracking = cls(source, hearing, asking)
+            tracking = cls(source, hearing, asking, limit=limit, stirred=stirred, hurry=hurry)
             # Before it tells anything, and by the connection that goes on being asked.
             tracking.identity = again
             await tracking._begin(disjoint(prefixes))
@@ -97,7 +128,7 @@ class Tracking:
         self._checked(await self._asking.send(pack(tuple(words))), b"CLIENT|TRACKING")
         lost = f"the connection to Redis at {self._asking.address} was lost"
         for connection in (self._hearing, self._asking):
-            connection.ended.add_done_callback(lambda _: self._miss(lost))
+            connection.ended.add_done_callback(lambda _: self.miss(lost))
 
     def _checked(self, reply: Any, command: bytes) -> Any:
         if isinstance(reply, hiredis.ReplyError):
@@ -110,11 +141,10 @@ class Tracking:
             raise self._asking.explain(text, command)
         return reply
 
-    def take(self) -> set[bytes]:
-        """The keys told since the last time; the caller's own from then on."""
-        taken, self.changed = self.changed, set()
-        if self.gap is None:
-            self.stirred.clear()
+    def take(self) -> tuple[set[bytes], list[float]]:
+        """The keys told since the last time, and times of the loop at which some of them came."""
+        taken = self._changed, self._arrivals
+        self._changed, self._arrivals = set(), []
         return taken
 
     async def settle(self) -> None:
@@ -142,27 +172,37 @@ class Tracking:
         try:
             await connection.call(b"PING")
         except BalanceSyncError as error:
-            self._miss(str(error))
+            self.miss(str(error))
 
     async def _check(self) -> None:
         try:
             await self._source.check_own(self._asking, self.identity)
         except BalanceSyncError as error:
-            self._miss(str(error))
+            self.miss(str(error))
 
     async def close(self) -> None:
         """Have no more told."""
-        self._miss("was closed")
+        self.miss("was closed")
         for connection in (self._hearing, self._asking):
             await connection.close()
 
-    def _hear(self, keys: list[bytes] | None) -> None:
-        if keys is None:
-            self._miss("Redis was emptied by FLUSHALL or FLUSHDB")
-        else:
-            self.changed.update(keys)
-            self.stirred.set()
-
-    def _miss(self, why: str) -> None:
+    def miss(self, why: str) -> None:
+        """Changes may have been missed."""
         self.gap = self.gap or why
-        self.stirred.set()
+        self._changed.clear()
+        self._stirred.set()
+        self._hurry.set()
+
+    def _hear(self, keys: list[bytes] | None) -> None:
+        if self.gap is not None:
+            return
+        if keys is None:
+            self.miss("Redis was emptied by FLUSHALL or FLUSHDB")
+            return
+        self._changed.update(keys)
+        now = self._loop.time()
+        if not self._arrivals or now - self._arrivals[-1] >= _MARK_S:
+            self._arrivals.append(now)
+        if len(self._changed) > self._limit:
+            self.miss("more keys changed at once than live.max_pending allows")
+        self._stirred.set()

@@ -18,7 +18,7 @@ SELECT id, job, trigger, mode, CASE WHEN {abandoned} THEN 'interrupted' ELSE sta
     mapping, started_at, finished_at, duration_s::float8 AS duration_s, attempts, mappings::text AS mappings,
     warnings, error, redis_run_id
 FROM {schema}.runs AS r
-WHERE ($1::uuid IS NULL OR id < $1) AND ($2::uuid IS NULL OR id = $2)
+WHERE ($1::uuid IS NULL OR id < $1) AND ($2::uuid IS NULL OR id = $2) AND ($4 OR job <> 'live')
 ORDER BY id DESC LIMIT $3;
 
 -- name: last_success
@@ -90,6 +90,22 @@ UPDATE {schema}.rejects AS r SET healed_at = $1::timestamptz
 WHERE (r.mapping = ANY($2::text[]) OR r.mapping <> ALL($3::text[])) AND r.healed_at IS NULL
     AND NOT EXISTS (
     SELECT FROM pg_temp.staged_rejects AS s WHERE s.mapping = r.mapping AND s.key = r.key);
+
+-- name: mappings_with_rejects
+SELECT m.mapping FROM unnest($1::text[]) AS m (mapping)
+WHERE EXISTS (SELECT FROM {schema}.rejects AS r WHERE r.mapping = m.mapping AND r.healed_at IS NULL);
+
+-- name: heal_keys
+UPDATE {schema}.rejects AS r SET healed_at = $1::timestamptz
+FROM unnest($3::bytea[]) AS k (key)
+WHERE r.mapping = $2 AND r.key_hash = sha256(k.key) AND r.healed_at IS NULL AND NOT EXISTS (
+    SELECT FROM pg_temp.staged_rejects AS s WHERE s.mapping = r.mapping AND s.key = r.key);
+
+-- name: empty_rejects
+DELETE FROM pg_temp.staged_rejects;
+
+-- name: vacuum_rejects
+VACUUM pg_temp.staged_rejects;
 
 -- name: forget_rejects
 DELETE FROM {schema}.rejects WHERE (mapping, key_hash) IN (

@@ -1,0 +1,253 @@
+"""One flush of live mode: a run over the keys that changed, in a session that is kept.
+
+    lock -> fetch -> parse -> stage -> diff -> guard -> apply -> unlock
+
+A full run holds the same lock from its first read to its last commit, and here keys are fetched
+after it's taken: nothing read earlier is ever written over something read later. Just before
+anything is applied, Redis is asked whether all of it still stands (`Tracking.settle`): what a
+FLUSHALL took is told by then, and never looks like keys that were deleted one by one.
+"""
+
+from collections.abc import Mapping as Dictionary
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Final
+
+from balancesync import table as tables
+from balancesync.apply import Applied, Applier
+from balancesync.config import Config
+from balancesync.database import Database, Steps
+from balancesync.errors import Gap
+from balancesync.keyed import KeyedWriter
+from balancesync.mapping import Mapping
+from balancesync.model import Counts, Run, exceeds
+from balancesync.part import Part, RejectLog, reading_of, scan
+from balancesync.records import Records, Remembered
+from balancesync.report import spare_present
+from balancesync.session import Session
+from balancesync.source import Source
+from balancesync.target import Span, Writer
+from balancesync.tracking import Tracking
+
+_UNKNOWN: Final = Remembered(None, None, None)
+_WARNINGS: Final = 10
+
+
+@dataclass(slots=True)
+class OpenRun:
+    """The run that flushes add to: one a minute or so, not one each."""
+
+    run: Run
+    rejects: RejectLog = field(default_factory=RejectLog)
+    recorded: bool = False
+
+
+@dataclass(slots=True)
+class _Keyed:
+    """A mapping's part of one flush: its keys, and those whose rows are left without one."""
+
+    part: Part
+    keys: list[bytes]
+    unread: set[bytes]
+    absent: list[bytes] = field(default_factory=list)
+
+
+class Flusher:
+    """Brings changed keys to PostgreSQL, in a session that is made anew after any failure.
+
+    `absent` are the keys that rows have lost since `forget`, by mapping.
+    """
+
+    def __init__(self, config: Config, database: Database, source: Source) -> None:
+        self.absent: dict[str, set[bytes]] = {each.name: set() for each in config.mapping}
+        self._config = config
+        self._database = database
+        self._source = source
+        self._records = Records(database)
+        self._session: Session | None = None
+        self._writers: dict[str, Writer] = {}
+        self._server_since: datetime | None = None
+
+    def forget(self) -> None:
+        """A full run has succeeded, or has to: absences are counted from now on."""
+        for keys in self.absent.values():
+            keys.clear()
+
+    async def close(self) -> None:
+        """Close the session; the next flush makes a new one."""
+        session, self._session = self._session, None
+        if session is not None:
+            await session.close()
+
+    async def flush(
+        self, changed: Dictionary[str, list[bytes]], tracking: Tracking, opened: OpenRun
+    ) -> dict[str, Counts] | None:
+        """Bring changed keys over, by mapping; those of one big hash are that hash as a whole.
+
+        Gives the counts by mapping, None if another writer is at work or waits to be. Raises Gap:
+        a full run has to follow; else what runs raise, when some of it may be applied.
+        """
+        try:
+            with self._database.translated(last=True):
+                session = self._session or await self._open()
+                if not await session.yield_writer():
+                    return None
+                if not opened.recorded:
+                    await self._records.begin(session.connection, opened.run)
+                    opened.recorded = True
+                counts = await self._write(session, changed, tracking, opened)
+                await session.unlock_writer()
+        except BaseException:
+            await self.close()
+            raise
+        return counts
+
+    async def save(self, run: Run) -> None:
+        """Record the run as it is now; once it has ended, nothing holds it open any more."""
+        if self._session is None:
+            async with self._database.acquire() as connection:
+                await self._records.save(connection, run)
+            return
+        with self._database.translated(last=True):
+            await self._records.save(self._session.connection, run)
+            if run.status != "running":
+                await self._records.end(self._session.connection, run)
+
+    async def _open(self) -> Session:
+        session = self._session = await Session.open(self._database)
+        connection = session.connection
+        await Steps(self._database).check(connection)
+        since: datetime = await connection.fetchval("SELECT pg_postmaster_start_time()")
+        before, self._server_since = self._server_since, since
+        if before not in (None, since):
+            raise Gap("PostgreSQL was restarted or replaced: its last commits may be lost")
+        found = []
+        for number, config in enumerate(self._config.mapping):
+            table = await tables.inspect(connection, config)
+            if not table.exists:
+                raise Gap(f'mapping "{config.name}": the table {config.table} is gone')
+            found.append((config, table))
+            mapping = Mapping(config, nullable=table.nullable(config))
+            make = Writer if config.member else KeyedWriter
+            self._writers[config.name] = make(session, mapping, table, number)
+        tables.refuse_shared(found)
+        await session.prepare()
+        for writer in self._writers.values():
+            await writer.prepare()
+        await session.plan_by_index()
+        return session
+
+    async def _write(
+        self,
+        session: Session,
+        changed: Dictionary[str, list[bytes]],
+        tracking: Tracking,
+        opened: OpenRun,
+    ) -> dict[str, Counts]:
+        known = await self._records.remembered(session.connection)
+        for name, each in known.items():
+            if each.refusal is not None:
+                raise Gap(f'the guard\'s refusal of mapping "{name}" stands: {each.refusal}')
+        keyed = []
+        counts: dict[str, Counts] = {}
+        for name, keys in changed.items():
+            writer = self._writers[name]
+            remembered = known.get(name, _UNKNOWN)
+            if isinstance(writer, KeyedWriter):
+                keyed.append(await self._read(writer, keys, tracking, opened.rejects))
+                self._judge(keyed[-1], remembered)
+            else:
+                counts[name] = await self._rescan(session, writer, tracking, opened, remembered)
+        await tracking.settle()
+        at = await session.clock()
+        for read in keyed:
+            counts[read.part.mapping.name] = await self._apply(session, read.part, at, opened.run)
+        await self._records.merge_keyed_rejects(
+            session.connection,
+            opened.run,
+            at,
+            {read.part.mapping.name: read.keys for read in keyed},
+            staged=any(count.rejected for count in counts.values()),
+        )
+        return counts
+
+    async def _read(
+        self, writer: KeyedWriter, keys: list[bytes], tracking: Tracking, rejects: RejectLog
+    ) -> _Keyed:
+        mapping = writer.mapping
+        part = Part(mapping, reading_of(mapping), writer)
+        raw = await self._source.fetch(part.reading, keys, identity=tracking.identity)
+        batch = mapping.parse(raw)
+        part.read.vanished, part.read.snapped = batch.vanished, batch.snapped
+        gone = [key for key, value in zip(keys, raw.values, strict=True) if value is None]
+        await writer.stage_keys(batch, gone)
+        rejects.take(mapping.name, batch.rejects)
+        part.diff = await writer.diff()
+        return _Keyed(part, keys, set(gone), await writer.absent_keys())
+
+    def _judge(self, read: _Keyed, remembered: Remembered) -> None:
+        """Raise Gap if rows have lost so many keys by now that only the guard may judge it."""
+        part, limits, baseline = read.part, self._config.guard, remembered.baseline
+        name = part.mapping.name
+        if baseline is None:
+            raise Gap(f'mapping "{name}": no full run has succeeded yet')
+        absent = self.absent[name]
+        if absent:
+            absent.difference_update(set(read.keys) - read.unread)
+        absent.update(read.absent)
+        part.diff.absent = len(read.absent)
+        lost = min(len(absent), baseline.present) - baseline.pruned
+        if exceeds(lost, limits.max_loss, baseline.present):
+            raise Gap(
+                f'mapping "{name}": {lost:,} of {baseline.present:,} known keys are gone since the'
+                f" last full run, more than guard.max_loss = {limits.max_loss:g}"
+            )
+        writes = part.diff.updated.rows + part.diff.deleted.rows
+        if limits.max_change < 1 and exceeds(writes, limits.max_change, baseline.present):
+            raise Gap(
+                f'mapping "{name}": {writes:,} rows would be changed at once, more than'
+                f" guard.max_change = {limits.max_change:g}"
+            )
+
+    async def _apply(self, session: Session, part: Part, at: datetime, run: Run) -> Counts:
+        if part.diff.deleted.rows:
+            if await self._records.unfinished_restore(session.connection, part.mapping.name):
+                part.diff.deleted = Span()
+            else:
+                spared = await spare_present(self._source, part.reading, part.mapping, part.writer)
+                part.diff.deleted.rows -= spared
+                part.diff.absent -= spared
+        applier = Applier(part.writer, at, lambda done: None)
+        await applier.run(part.diff)
+        part.applied = applier.done
+        for stays in applier.undeletable[: _WARNINGS - len(run.warnings)]:
+            run.warnings.append(f'mapping "{part.mapping.name}": a row can\'t be deleted: {stays}')
+        counts = part.tally(part.applied, Applied(), complete=True)
+        await part.writer.clear()
+        return counts
+
+    async def _rescan(
+        self,
+        session: Session,
+        writer: Writer,
+        tracking: Tracking,
+        opened: OpenRun,
+        remembered: Remembered,
+    ) -> Counts:
+        """Read one big hash as a whole: nothing tells which of its fields changed."""
+        mapping, connection = writer.mapping, session.connection
+        await session.use_any_plan()
+        part = Part(mapping, reading_of(mapping), writer)
+        await scan(part, self._source, tracking.identity, opened.rejects, lambda progress: None)
+        at = await session.clock()
+        part.diff = await writer.diff()
+        refusal = part.refusal(remembered, self._config.guard)
+        if refusal:
+            raise Gap(f'mapping "{mapping.name}": {refusal.reason}')
+        await tracking.settle()
+        counts = await self._apply(session, part, at, opened.run)
+        # Those of the whole table would be counted anew each time.
+        counts.absent = counts.deleted
+        await self._records.merge_rejects(connection, opened.run, at, [mapping.name], None)
+        await session.plan_by_index()
+        return counts
