@@ -1,7 +1,7 @@
 """What each path of the API answers. `web` has let the request in by then."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final, get_args
@@ -68,6 +68,7 @@ class Api:
         facts: Facts,
         balances: Balances,
         metrics: Metrics,
+        restart_live: Callable[[], bool],
     ) -> None:
         self._config = config
         self._database = database
@@ -76,6 +77,7 @@ class Api:
         self._facts = facts
         self._balances = balances
         self._metrics = metrics
+        self._restart_live = restart_live
         self._reads = Reads(database, state)
         self._mappings = {mapping.name: mapping for mapping in config.mapping}
         needed = "needed" if config.http.token.get_secret_value() else ""
@@ -238,8 +240,10 @@ class Api:
         except BalanceSyncError as error:
             log.warning("healed rejects could not be cleared", error=str(error))
             healed = None
+        live = self._restart_live()
         log.info("the cache was cleared by HTTP", client=call.request.remote, healed=healed)
-        return reply({"cleared": {"totals": runs, "status": True, "healed_rejects": healed}})
+        cleared = {"totals": runs, "status": True, "healed_rejects": healed, "live": live}
+        return reply({"cleared": cleared})
 
     async def _forget_healed(self, _records: Records, connection: Connection) -> int:
         sql = load_sql("facts")["forget_healed"].format(schema=self._database.schema)

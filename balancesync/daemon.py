@@ -69,6 +69,7 @@ class Daemon:
             runner=self.runner,
             metrics=self.metrics,
         )
+        self.runner.settle = self._live.settle if self._live.enabled else None
         self._web = Web(
             config,
             self._database,
@@ -78,6 +79,7 @@ class Daemon:
             runner=self.runner,
             schedule=self._schedule,
             metrics=self.metrics,
+            restart_live=self._live.restart,
         )
         self._last_leader: str | None = None
         self._stop = asyncio.Event()
@@ -123,7 +125,7 @@ class Daemon:
             self.state.draining = True
             self.runner.drain()
             await running
-            await self._live.settle()
+            await self._live.finish()
             await self._probing.record_late()
             self.events.close()
             for helper in helpers:

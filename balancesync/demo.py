@@ -28,6 +28,7 @@ from rich.text import Text
 
 from balancesync.config import (
     Config,
+    LiveConfig,
     LogConfig,
     MappingConfig,
     PostgresConfig,
@@ -224,5 +225,6 @@ def _configure(postgres: PostgresServer, redis: RedisServer) -> Config:
         postgres=PostgresConfig(dsn=SecretStr(postgres.dsn)),
         mapping=(balances,),
         schedule=ScheduleConfig(min_interval=0),
+        live=LiveConfig(enabled=True),
         log=LogConfig(level="critical"),  # each step says itself what happened,
     )

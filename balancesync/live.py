@@ -67,6 +67,8 @@ class Live:
         self._flusher = Flusher(config, database, source)
         self._runs = FlushRuns(self._flusher, runner, publish)
         self._leads = asyncio.Event()
+        self._rests = asyncio.Event()
+        self._rests.set()
         self._starting: Request | None = None
         # Set when there may be something to do; and when it can't wait for the interval to end.
         self._stirred = asyncio.Event()
@@ -94,7 +96,9 @@ class Live:
         try:
             while True:
                 await self._leads.wait()
+                self._rests.clear()
                 await self._follow()
+                self._rests.set()
         finally:
             await self._flusher.close()
 
@@ -151,6 +155,13 @@ class Live:
         with suppress(TimeoutError):
             async with asyncio.timeout(_SETTLE_S):
                 await settled
+
+    async def finish(self) -> None:
+        """Bring over what is pending, and follow no more."""
+        await self.settle()
+        self._leads.clear()
+        self._nudge()
+        await self._rests.wait()
 
     def _nudge(self) -> None:
         self._hurry.set()

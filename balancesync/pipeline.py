@@ -3,7 +3,8 @@
 Dry run and verify are the same attempt stopped after diff.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from datetime import datetime
 from typing import Final
 
@@ -23,6 +24,8 @@ from balancesync.source import Source
 from balancesync.target import Span, Writer
 
 _CLOCK_SLACK_S: Final = 1.0
+# A key that changes all the time may differ at each look, for a moment.
+_LOOKS: Final = 5
 
 
 def chosen_mappings(config: Config, name: str | None) -> list[MappingConfig]:
@@ -61,7 +64,8 @@ async def begin(
 class Pipeline:
     """One attempt. `committed` is shared by a run's attempts: what they applied, by mapping.
 
-    `on_progress` is called at least once a batch; what it raises ends the attempt there.
+    `on_progress` is called at least once a batch; what it raises ends the attempt there. `settle`
+    waits for live mode to have brought over what changed before.
     `has_read` tells whether a key may have been read: what changes from then on may be missed.
     """
 
@@ -77,6 +81,7 @@ class Pipeline:
         on_progress: Callable[[Progress], None],
         on_alive: Callable[[], None],
     ) -> None:
+        self.settle: Callable[[], Awaitable[None]] | None = None
         self.recorded = False
         self.has_read = False
         self.reports: list[Report] = []
@@ -343,14 +348,29 @@ class Pipeline:
             found, writer = part.would_apply, part.writer
             if self._request.mode == "verify":
                 self._on_progress(Progress("compare", part.mapping.name))
-                first = part.writer
-                writer = Writer(session, part.mapping, first.table, number, first=first)
-                second = await reread(self._source, part.reading, part.mapping, first, writer)
-                inserts = part.mapping.config.mode == "upsert"
-                found.inserted = second.inserted.rows if inserts else 0
-                found.updated, found.deleted = second.updated.rows, second.deleted.rows
+                writer, found = await self._look_again(session, part, number)
             self.reports.append(await describe(writer))
             self._run.mappings[part.mapping.name] = part.tally(found, Applied(), complete=True)
+
+    async def _look_again(
+        self, session: Session, part: Part, number: int
+    ) -> tuple[Writer, Applied]:
+        """What differs however often one looks; live mode is given time to bring over the rest."""
+        writer, found = part.writer, part.would_apply
+        looks = _LOOKS if self._config.live.enabled and found.rows else 1
+        for _ in range(looks):
+            if looks > 1 and self.settle:
+                await self.settle()
+            first, writer = (
+                writer,
+                Writer(session, part.mapping, writer.table, number, first=writer),
+            )
+            diff = await reread(self._source, part.reading, part.mapping, first, writer)
+            found = replace(part, diff=diff).would_apply
+            if not found.rows:
+                break
+            number += len(self._config.mapping)
+        return writer, found
 
     def _tally(self, parts: Sequence[Part], *, complete: bool) -> None:
         for part in parts:

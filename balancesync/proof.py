@@ -44,11 +44,13 @@ class Proof:
         config = replace(config, http=HttpConfig(host=_HOST, port=_free_port()))
         self._config = config
         self._once = once
+        self._live = config.live.enabled
         self._url = f"http://{_HOST}:{config.http.port}"
         self._daemon = Daemon(config)
         self._traffic = Traffic(balances, config.redis)
         self._keys = len(balances)
-        self._leads = asyncio.Event()
+        # The daemon leads, and what live mode has to follow is followed.
+        self._ready = asyncio.Event()
 
     async def serve(self) -> None:
         """Until SIGINT or SIGTERM, or the first proof; raises a group of what went wrong."""
@@ -67,8 +69,10 @@ class Proof:
         """A line for each finished run."""
         stdout = os.fstat(sys.stdout.fileno())
         async for event in events:
-            if event.kind == "leader" and event.document["leads"]:
-                self._leads.set()
+            leads = event.kind == "leader" and event.document["leads"]
+            follows = event.kind == "live" and event.document["state"] == "up"
+            if follows if self._live else leads:
+                self._ready.set()
             elif event.kind == "run_finished":
                 write(_in_short(event.document))
             # `write` is quiet once the reader has gone, as in `| head`: then nobody watches.
@@ -83,11 +87,14 @@ class Proof:
 
     async def _use(self) -> None:
         """Be the application, and whoever asks for syncs and proofs."""
-        await self._leads.wait()
+        await self._ready.wait()
         # A closed terminal says SIGHUP: to the daemon a wish for a sync, to a demo its end.
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._end)
+        asked = f"is asked for a sync every {_EVERY_S:g} s"
+        if self._live:
+            asked = "follows every change by itself, in live mode"
         write(
-            f"It listens at {self._url} and is asked for a sync every {_EVERY_S:g} s. Try",
+            f"It listens at {self._url} and {asked}. Try",
             f"  curl {self._url}/sync-management/status",
             f"  curl -X POST '{self._url}/sync-management/force-sync?wait=true'",
             *([] if self._once else ["Ctrl-C ends it all."]),
@@ -113,11 +120,30 @@ class Proof:
                 if moving.done():
                     moving.result()
                 if turn % _PROOF_EVERY:
-                    await self._sync(session)
+                    await self._tell_progress(session)
                 elif await self._prove(session) and self._once:
                     self._end()
                     return
                 turn += 1
+
+    async def _tell_progress(self, session: aiohttp.ClientSession) -> None:
+        """A line on how far live mode is; without it, a sync, which has a line of its own."""
+        if not self._live:
+            await self._sync(session)
+            return
+        write(
+            f"{datetime.now(UTC):%H:%M:%S} live: {self._traffic.moved:,} transfers so far,"
+            f" {self._metric('records_total', outcome='updated', mapping='balances'):,.0f} rows"
+            f" written, on average {self._lag_s():.2f} s after Redis said so"
+        )
+
+    def _lag_s(self) -> float:
+        count = self._metric("live_lag_seconds_count")
+        return self._metric("live_lag_seconds_sum") / count if count else 0.0
+
+    def _metric(self, name: str, **labels: str) -> float:
+        sample = self._daemon.metrics.registry.get_sample_value(f"balancesync_{name}", labels)
+        return sample or 0.0
 
     async def _sync(self, session: aiohttp.ClientSession) -> bool:
         """Ask for a sync as any program may, and wait for its end; False: it was cancelled."""
@@ -136,7 +162,8 @@ class Proof:
         """
         async with self._traffic.paused:
             moved = self._traffic.moved
-            if not await self._sync(session):
+            # Live mode has brought it all over, or is made to before what differs is told.
+            if not self._live and not await self._sync(session):
                 return False
             ticket, _ = self._daemon.runner.submit(Request("verify", "cli", mode="verify"))
             run = await ticket.done

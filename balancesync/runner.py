@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Final, Literal
@@ -68,7 +68,8 @@ class Runner:
 
     `beat` is the loop's time of the last progress that the runner really made, for the watchdog.
     `owed` are postponed requests by their kind, `unrecorded` the last runs that ended while
-    PostgreSQL couldn't be told; both are for others to see to.
+    PostgreSQL couldn't be told; both are for others to see to. `settle` is how a verify lets live
+    mode bring over what is pending.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class Runner:
         self.owed: dict[tuple[Any, ...], Owed] = {}
         self.unrecorded: deque[Run] = deque(maxlen=_MOST_UNRECORDED)
         self.beat = 0.0
+        self.settle: Callable[[], Awaitable[None]] | None = None
         self._config = config
         self._database = database
         self._source = source
@@ -154,6 +156,7 @@ class Runner:
             self._source,
             on_progress=lambda progress: self._follow(ticket, progress),
             on_alive=self._stir,
+            settle=self.settle,
         )
         self._publish("run_started", run_document(ticket.run))
         try:

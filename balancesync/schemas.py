@@ -171,7 +171,7 @@ COMPONENTS: Final[dict[str, Schema]] = {
         run_id=RUN_ID,
     ),
     "Cleared": record(
-        cleared=record(totals=WHOLE, status=FLAG, healed_rejects=maybe(WHOLE)),
+        cleared=record(totals=WHOLE, status=FLAG, healed_rejects=maybe(WHOLE), live=FLAG),
     ),
     "Balance": record(
         mapping=TEXT,

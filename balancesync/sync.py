@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Final
@@ -33,6 +33,7 @@ from balancesync.source import Source
 # A backend finds its client gone within this: see `tcp_user_timeout` and the like in `database`.
 _LINGER_S: Final = 15.0
 _SHOW_S: Final = 2.0
+_FLUSH_S: Final = 0.5
 
 # What makes one attempt at a job; of all others, the pipeline does.
 _ATTEMPTS: Final[dict[Job, type[Restore]]] = {"restore": Restore}
@@ -46,7 +47,7 @@ class Sync:
     `failure` is the error behind a status that isn't success, `reports` what a dry run or verify
     found, `is_recorded` whether PostgreSQL holds the run as it ended. `on_progress` is called
     often and must be quick; `on_alive` during a long statement, whenever PostgreSQL proves to be
-    at work on it.
+    at work on it. `settle` waits until live mode, where it's in this process, has nothing pending.
     """
 
     def __init__(
@@ -56,6 +57,8 @@ class Sync:
         source: Source,
         on_progress: Callable[[Progress], None] = lambda progress: None,
         on_alive: Callable[[], None] = lambda: None,
+        *,
+        settle: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self.failure: BalanceSyncError | None = None
         self.reports: list[Report] = []
@@ -64,6 +67,7 @@ class Sync:
         self._source = source
         self._on_progress = on_progress
         self._on_alive = on_alive
+        self._settle = settle or self._wait_for_flush
         self.is_recorded = False
         self._ending: RunFailed | None = None
         self._ended = asyncio.Event()
@@ -155,6 +159,8 @@ class Sync:
                 on_progress=self._progress,
                 on_alive=self._on_alive,
             )
+            if isinstance(pipeline, Pipeline):
+                pipeline.settle = self._settle
             try:
                 await pipeline.execute(patience_s, close)
             except Transient as error:
@@ -195,6 +201,10 @@ class Sync:
                     await Records(self._database).show(self._between, run)
         except BalanceSyncError as error:
             log.debug("the run can't be shown as running", run=str(run.id), error=str(error))
+
+    async def _wait_for_flush(self) -> None:
+        """Live mode is the daemon's, which is another process: it can only be given time."""
+        await asyncio.sleep(_FLUSH_S + 2 * self._config.live.flush_interval)
 
     def _progress(self, progress: Progress) -> None:
         if self._ending is not None:

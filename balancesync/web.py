@@ -60,6 +60,7 @@ class Web:
         runner: Runner,
         schedule: Schedule,
         metrics: Metrics,
+        restart_live: Callable[[], bool] = lambda: False,
     ) -> None:
         self._state = state
         self._gate = Gate(config.http)
@@ -75,6 +76,7 @@ class Web:
             facts=self._facts,
             balances=self._balances,
             metrics=metrics,
+            restart_live=restart_live,
         )
         self._stream = Stream(events, self._api.stopping)
         self._listener = Listener(config.http.host, config.http.port, self._handle)

@@ -437,7 +437,7 @@ async def test_stats_and_clearing_them(site: Site, redis: Redis, pg: asyncpg.Con
     code, cleared = await site.ask("/clear-cache", "DELETE")
     assert (code, cleared) == (
         200,
-        {"cleared": {"totals": 2, "status": True, "healed_rejects": 1}},
+        {"cleared": {"totals": 2, "status": True, "healed_rejects": 1, "live": False}},
     )
     _, stats = await site.ask("/stats")
     # For ever is for ever, and nothing was forgotten that is still so.
