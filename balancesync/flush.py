@@ -18,9 +18,10 @@ from balancesync.apply import Applied, Applier
 from balancesync.config import Config
 from balancesync.database import Database, Steps
 from balancesync.errors import Gap
+from balancesync.history import History
 from balancesync.keyed import KeyedWriter
 from balancesync.mapping import Mapping
-from balancesync.model import Counts, Run, exceeds
+from balancesync.model import Counts, Run, Stamp, exceeds
 from balancesync.part import Part, RejectLog, reading_of, scan
 from balancesync.records import Records, Remembered
 from balancesync.report import spare_present
@@ -64,6 +65,7 @@ class Flusher:
         self._database = database
         self._source = source
         self._records = Records(database)
+        self._history = History(database, config.history)
         self._session: Session | None = None
         self._writers: dict[str, Writer] = {}
         self._server_since: datetime | None = None
@@ -159,13 +161,14 @@ class Flusher:
             else:
                 counts[name] = await self._rescan(session, writer, tracking, opened, remembered)
         await tracking.settle()
-        at = await session.clock()
+        stamp = await self._stamp(session, opened.run)
         for read in keyed:
-            counts[read.part.mapping.name] = await self._apply(session, read.part, at, opened.run)
+            name = read.part.mapping.name
+            counts[name] = await self._apply(session, read.part, stamp, opened.run)
         await self._records.merge_keyed_rejects(
             session.connection,
             opened.run,
-            at,
+            stamp.at,
             {read.part.mapping.name: read.keys for read in keyed},
             staged=any(count.rejected for count in counts.values()),
         )
@@ -194,8 +197,9 @@ class Flusher:
         absent = self.absent[name]
         if absent:
             absent.difference_update(set(read.keys) - read.unread)
+        # A key may be told to be gone more than once.
+        part.diff.absent = len(set(read.absent) - absent)
         absent.update(read.absent)
-        part.diff.absent = len(read.absent)
         lost = min(len(absent), baseline.present) - baseline.pruned
         if exceeds(lost, limits.max_loss, baseline.present):
             raise Gap(
@@ -209,7 +213,11 @@ class Flusher:
                 f" guard.max_change = {limits.max_change:g}"
             )
 
-    async def _apply(self, session: Session, part: Part, at: datetime, run: Run) -> Counts:
+    async def _stamp(self, session: Session, run: Run) -> Stamp:
+        """To be asked when all has been read."""
+        return Stamp(run.id, (await self._history.moment(session.connection)).at)
+
+    async def _apply(self, session: Session, part: Part, stamp: Stamp, run: Run) -> Counts:
         if part.diff.deleted.rows:
             if await self._records.unfinished_restore(session.connection, part.mapping.name):
                 part.diff.deleted = Span()
@@ -217,7 +225,7 @@ class Flusher:
                 spared = await spare_present(self._source, part.reading, part.mapping, part.writer)
                 part.diff.deleted.rows -= spared
                 part.diff.absent -= spared
-        applier = Applier(part.writer, at, lambda done: None)
+        applier = Applier(part.writer, self._history, stamp, lambda done: None)
         await applier.run(part.diff)
         part.applied = applier.done
         for stays in applier.undeletable[: _WARNINGS - len(run.warnings)]:
@@ -239,15 +247,15 @@ class Flusher:
         await session.use_any_plan()
         part = Part(mapping, reading_of(mapping), writer)
         await scan(part, self._source, tracking.identity, opened.rejects, lambda progress: None)
-        at = await session.clock()
+        stamp = await self._stamp(session, opened.run)
         part.diff = await writer.diff()
         refusal = part.refusal(remembered, self._config.guard)
         if refusal:
             raise Gap(f'mapping "{mapping.name}": {refusal.reason}')
         await tracking.settle()
-        counts = await self._apply(session, part, at, opened.run)
+        counts = await self._apply(session, part, stamp, opened.run)
         # Those of the whole table would be counted anew each time.
         counts.absent = counts.deleted
-        await self._records.merge_rejects(connection, opened.run, at, [mapping.name], None)
+        await self._records.merge_rejects(connection, opened.run, stamp.at, [mapping.name], None)
         await session.plan_by_index()
         return counts

@@ -3,7 +3,8 @@
 Nothing is counted, scanned or analysed, so that the cost follows the keys and not the table.
 """
 
-from balancesync.model import Batch
+from balancesync.history import History
+from balancesync.model import Batch, Stamp
 from balancesync.target import VACUUM_ROWS, Diff, Writer
 
 
@@ -12,6 +13,7 @@ class KeyedWriter(Writer):
 
     _gone_rows = 0
     _dead_gone = 0
+    _marked = False
 
     async def prepare(self) -> None:
         """Create the session's temporary tables for this mapping, and what live mode adds."""
@@ -36,6 +38,12 @@ class KeyedWriter(Writer):
             await self._execute(self._sql["diff_gone_keys"], last)
             await self._summarize(found)
         return found
+
+    async def mark_history(self, history: History, stamp: Stamp) -> None:
+        """Once a session is enough: who asks for the past sees by itself what came in between."""
+        if not self._marked:
+            await super().mark_history(history, stamp)
+            self._marked = True
 
     async def absent_keys(self) -> list[bytes]:
         """Those of the keys that are gone which have a row."""

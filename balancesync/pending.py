@@ -100,7 +100,9 @@ class Pending:
             if name in self._whole_at:
                 self._whole_at[name] = self._rested_at[name]
             else:
-                self._batch.setdefault(name, []).extend(keys)
+                self._next[name].update(keys)
+        self._marks.extendleft(reversed(self._batch_marks))
+        self._batch_marks = ()
 
     def rest(self, taken: dict[str, list[bytes]], begun: float, now: float) -> None:
         """The big hashes among these were read: not again before that is affordable."""

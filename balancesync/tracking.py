@@ -21,7 +21,7 @@ from typing import Any, Final
 import hiredis
 
 from balancesync.connection import Connection, pack
-from balancesync.errors import BalanceSyncError, ConfigError, Gap
+from balancesync.errors import BalanceSyncError, ConfigError, Gap, RightMissing
 from balancesync.nodes import Identity
 from balancesync.source import Source
 
@@ -96,7 +96,7 @@ class Tracking:
             stirred: is set when a key is told.
             hurry: is set with it when there's a gap.
 
-        Raises RedisUnavailable, SourceChanged, or ConfigError: the server or its ACL won't do it.
+        Raises RedisUnavailable, SourceChanged, RightMissing, or ConfigError: it can't be done.
         """
         async with AsyncExitStack() as stack:
             hearing, identity = await source.open_own()
@@ -116,9 +116,9 @@ class Tracking:
         self._hearing.on_message = self._hear
         said = await self._hearing.send(pack((b"SUBSCRIBE", _CHANNEL)))
         if isinstance(said, hiredis.ReplyError) and "channel" in str(said):
-            raise ConfigError(
+            raise RightMissing(
                 f"Redis at {self._hearing.address} doesn't let this user hear of changes;"
-                f" ACL SETUSER ... &{_CHANNEL.decode()}"
+                f" ACL SETUSER ... &{_CHANNEL.decode()}, see docs/security.md"
             )
         self._checked(said, b"SUBSCRIBE")
         words = [b"CLIENT", b"TRACKING", b"ON", b"REDIRECT", str(number).encode(), b"BCAST"]

@@ -1,0 +1,328 @@
+"""Live mode in a daemon on real servers: changes follow, and no gap is ever trusted."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
+from decimal import Decimal
+from typing import Any
+
+import asyncpg
+import pytest
+from redis.asyncio import Redis
+from running import Inside, daemon_config
+
+from balancesync import leadership, live, probing, tracking
+from balancesync.database import lock_key
+from balancesync.model import Request
+from balancesync.sync import Sync
+
+KEYS = 20
+OWN = {"on_absent": "delete"}
+
+Start = Callable[..., Awaitable[Inside]]
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asked over and over is asked often, so that no test has to wait for it."""
+    for name in ("_CALM_S", "_TROUBLED_S"):
+        monkeypatch.setattr(probing, name, 0.05)
+    for name in ("_POLL_S", "_PROVE_S"):
+        monkeypatch.setattr(leadership, name, 0.1)
+    monkeypatch.setattr(tracking, "_PROVE_S", 0.1)
+    monkeypatch.setattr(live, "_LONGEST_PAUSE_S", 0.1)
+
+
+@pytest.fixture
+async def start(postgres_dsn: str, redis_url: str) -> AsyncIterator[Start]:
+    """Starts a daemon with live mode on the test's servers; by default it may rescan at once."""
+    async with AsyncExitStack() as stack:
+
+        async def begin(*mappings: dict[str, Any], up: bool = True, **sections: Any) -> Inside:
+            own = {"enabled": True, "flush_interval": 0.02, "rescan_interval": 0}
+            sections["live"] = {**own, **sections.get("live", {})}
+            config = daemon_config(postgres_dsn, redis_url, *mappings, **sections)
+            daemon = await stack.enter_async_context(Inside(config))
+            if up:
+                await daemon.log.next("live", state="catching up")
+                await daemon.log.next("live", state="up")
+            return daemon
+
+        yield begin
+
+
+@pytest.fixture(autouse=True)
+async def _filled(redis: Redis) -> None:
+    await redis.mset({f"balance:{number}": "1.50" for number in range(KEYS)})
+
+
+async def rows(pg: asyncpg.Connection) -> dict[int, Decimal]:
+    return {row[0]: row[1] for row in await pg.fetch("SELECT user_id, balance FROM balances")}
+
+
+async def until(ask: Callable[[], Awaitable[Any]], wanted: Any) -> None:
+    """Ask until the answer is the one wanted."""
+    found = None
+    try:
+        async with asyncio.timeout(20):
+            # PostgreSQL tells nobody.
+            while (found := await ask()) != wanted:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+    except TimeoutError:
+        raise AssertionError(f"it stays {found}, and isn't {wanted}") from None
+
+
+async def until_balance(pg: asyncpg.Connection, user: int, wanted: str | None) -> None:
+    sql = "SELECT balance::text FROM balances WHERE user_id = $1"
+    await until(lambda: pg.fetchval(sql, user), wanted)
+
+
+async def kill_tracking(redis: Redis) -> None:
+    """Cut the connection that is told of changes, as Redis does to a reader that is too slow."""
+    assert await redis.client_kill_filter(_type="pubsub") == 1
+
+
+async def acl(redis: Redis, rules: str) -> None:
+    """Give the user called plain these rights."""
+    command: Any = redis.execute_command
+    await command("ACL", "SETUSER", "plain", *rules.split())
+
+
+async def test_every_kind_of_change_follows_in_one_run(
+    start: Start, redis: Redis, pg: asyncpg.Connection
+) -> None:
+    daemon = await start()
+    await redis.mset({"balance:1": "2.25", "balance:100": "7", "balance:2": "bad"})
+    await redis.incrby("balance:100", 1)
+    await redis.delete("balance:3")
+    await redis.pexpire("balance:4", 1)
+    await until_balance(pg, 1, "2.25")
+    await until_balance(pg, 100, "8.00")
+    open_rejects = "SELECT count(*) FROM balancesync.rejects WHERE healed_at IS NULL"
+    await until(lambda: pg.fetchval(open_rejects), 1)
+    await redis.set("balance:2", "3")
+    await until_balance(pg, 2, "3.00")
+    await until(lambda: pg.fetchval(open_rejects), 0)
+    await redis.pexpire("balance:5", 1)
+    status = await daemon.api.document("/status")
+    # A flush is no run to those who ask what runs.
+    assert (status["live"], status["state"], status["current_run"]) == ("up", "idle", None)
+    assert status["last_run"]["trigger"] == "live"
+    assert status["last_run"]["job"] == "sync"
+    [run] = [r for r in (await daemon.api.document("/runs"))["runs"] if r["job"] == "live"]
+    assert run["status"] == "running"
+    await daemon.stop()
+    ended = await daemon.finished(job="live")
+    [recorded] = await pg.fetch("SELECT * FROM balancesync.runs WHERE job = 'live'")
+    assert (str(recorded["id"]), recorded["status"]) == (ended["id"], "succeeded")
+    assert ended["id"] == run["id"]
+    named = ("scanned", "vanished", "rejected", "inserted", "updated", "unchanged", "not_found")
+    counts = {name: ended[name] for name in named}
+    assert counts["scanned"] == sum(counts.values()) - counts["scanned"]
+    assert (counts["inserted"], counts["updated"], counts["rejected"]) == (1, 2, 1)
+    # Those that are gone stay, and are counted: on_absent is keep.
+    assert (ended["absent"], ended["deleted"], len(await rows(pg))) == (3, 0, KEYS + 1)
+
+
+async def test_rows_of_keys_that_are_gone_are_deleted_where_that_is_wanted(
+    start: Start, redis: Redis, pg: asyncpg.Connection
+) -> None:
+    await start(OWN)
+    await redis.delete("balance:3")
+    await redis.pexpire("balance:4", 1)
+    await redis.set("balance:5", "bad")
+    await until(lambda: pg.fetchval("SELECT count(*) FROM balances"), KEYS - 2)
+    # A reject is a key that is there.
+    assert set(await rows(pg)) == set(range(KEYS)) - {3, 4}
+
+
+async def test_what_a_flushall_took_is_never_taken_for_deleted(
+    start: Start, redis: Redis, pg: asyncpg.Connection
+) -> None:
+    daemon = await start(OWN)
+    await redis.flushall()
+    await daemon.log.next("live", state="catching up", reason=lambda text: "FLUSHALL" in text)
+    await daemon.finished(status="refused")
+    # The application starts again from zero: nothing of it is followed while the refusal stands.
+    await redis.mset({f"balance:{number}": "0" for number in range(KEYS)})
+    await daemon.finished(status="refused")
+    assert (await daemon.api.document("/status"))["live"] == "catching up"
+    code, health = await daemon.api.ask("/health")
+    assert (code, health["checks"]["live"]["status"]) == (200, "degraded")
+    assert await daemon.api.sample("live_up") == 0
+    assert set((await rows(pg)).values()) == {Decimal("1.50")}
+    await daemon.api.sync(accept_loss="true")
+    await daemon.log.next("live", state="up")
+    await redis.set("balance:1", "2")
+    await until_balance(pg, 1, "2.00")
+
+
+async def test_a_lost_connection_is_a_gap_that_a_full_run_closes(
+    start: Start, redis: Redis, pg: asyncpg.Connection
+) -> None:
+    daemon = await start()
+    await kill_tracking(redis)
+    await redis.set("balance:1", "2")  # nobody is told of it
+    await daemon.log.next("live", state="catching up", reason=lambda text: "lost" in text)
+    run = await daemon.finished(job="sync", trigger="live", status="succeeded", updated=1)
+    await daemon.log.next("live", state="up")
+    assert run["updated"] == 1
+    await redis.set("balance:1", "3")
+    await until_balance(pg, 1, "3.00")
+
+
+async def test_full_runs_are_asked_for_no_more_often_than_allowed_and_any_will_do(
+    start: Start, redis: Redis, pg: asyncpg.Connection
+) -> None:
+    daemon = await start(live={"rescan_interval": 3600})
+    await kill_tracking(redis)
+    await daemon.log.next("live", state="catching up", reason="waiting for a full run")
+    # Of this it's told, but isn't to write it: what came before it may be missing.
+    await redis.set("balance:1", "2")
+    await daemon.api.until_sample("live_pending_keys", lambda keys: keys == 1)
+    assert len(daemon.log.all("run_started")) == 1
+    assert (await rows(pg))[1] == Decimal("1.50")
+    # A dry run proves nothing.
+    await daemon.api.sync(dry_run="true")
+    assert daemon.daemon.state.live == "catching up"
+    await daemon.api.sync()
+    await daemon.log.next("live", state="up")
+    assert (await rows(pg))[1] == Decimal("2.00")
+
+
+async def test_too_many_pending_keys_are_forgotten_for_a_full_run(
+    start: Start, redis: Redis, pg: asyncpg.Connection
+) -> None:
+    daemon = await start(live={"max_pending": 10})
+    await redis.mset({f"balance:{number}": "2" for number in range(11)})
+    await daemon.log.next("live", state="catching up", reason=lambda text: "max_pending" in text)
+    await daemon.finished(job="sync", trigger="live", status="succeeded", updated=11)
+    await daemon.log.next("live", state="up")
+
+
+async def test_absences_add_up_against_the_guard(
+    start: Start, redis: Redis, pg: asyncpg.Connection
+) -> None:
+    daemon = await start(OWN, guard={"max_loss": 0.25})
+    for number in range(5):
+        await redis.delete(f"balance:{number}")
+        await until(lambda: pg.fetchval("SELECT count(*) FROM balances"), KEYS - 1 - number)
+    await redis.delete("balance:5")
+    await daemon.log.next(
+        "live",
+        state="catching up",
+        reason=lambda text: "6 of 20 known keys are gone since the last full run" in text,
+    )
+    assert set(await rows(pg)) >= set(range(5, KEYS))
+    # The full run sees fewer rows than there were keys, and judges by what is left.
+    await daemon.log.next("live", state="up")
+
+
+async def test_keys_wait_while_another_writer_is_at_work(
+    start: Start, redis: Redis, pg: asyncpg.Connection
+) -> None:
+    daemon = await start()
+    key = lock_key("writer", "balancesync")
+    # The lock is given back between two flushes.
+    await until(lambda: pg.fetchval("SELECT pg_try_advisory_lock($1)", key), True)
+    await redis.set("balance:1", "2")
+    await daemon.api.until_sample("live_pending_keys", lambda keys: keys == 1)
+    await redis.set("balance:1", "3")
+    await redis.set("balance:2", "3")
+    await daemon.api.until_sample("live_pending_keys", lambda keys: keys == 2)
+    assert set((await rows(pg)).values()) == {Decimal("1.50")}
+    assert daemon.daemon.state.live == "up"
+    await pg.execute("SELECT pg_advisory_unlock($1)", key)
+    await until_balance(pg, 1, "3.00")
+    await until_balance(pg, 2, "3.00")
+
+
+async def test_whoever_waits_for_the_lock_gets_it_however_busy_live_mode_is(
+    start: Start, redis: Redis, pg: asyncpg.Connection, engine: Callable[..., Any]
+) -> None:
+    daemon = await start(live={"flush_interval": 0.01})
+
+    # Told and not cancelled: the client may take a cancellation for a broken connection.
+    ends = asyncio.Event()
+
+    async def write() -> None:
+        number = 0
+        while not ends.is_set():
+            number += 1
+            await redis.set(f"balance:{number % KEYS}", number)
+
+    writing = asyncio.create_task(write())
+    try:
+        for _ in range(3):
+            assert (await daemon.api.sync())["status"] == "succeeded"
+            # Another process, which may wait a little.
+            other = engine()
+            sync = Sync(other.config, other.database, other.source)
+            assert (await sync.run(Request("sync", "cli"), wait_s=2)).status == "succeeded"
+    finally:
+        ends.set()
+        await writing
+    assert daemon.daemon.state.live == "up"
+
+
+async def test_verify_finds_no_drift_in_what_moves(
+    start: Start, redis: Redis, pg: asyncpg.Connection
+) -> None:
+    daemon = await start(live={"flush_interval": 0.2})
+    for turn in range(2, 5):
+        await redis.mset({f"balance:{number}": turn for number in range(KEYS)})
+        ticket, _ = daemon.runner.submit(Request("verify", "cli", mode="verify"))
+        run = await ticket.done
+        assert (run.status, run.counts.written, run.counts.unchanged) == ("succeeded", 0, KEYS)
+
+
+async def test_clearing_the_cache_begins_with_a_full_run(start: Start, redis: Redis) -> None:
+    daemon = await start(live={"rescan_interval": 3600})
+    _, cleared = await daemon.api.ask("/clear-cache", "DELETE")
+    assert cleared["cleared"]["live"] is True
+    await daemon.log.next("live", state="catching up", reason=lambda text: "demand" in text)
+    await daemon.log.next("live", state="up")
+    assert [run["trigger"] for run in daemon.log.all("run_finished", job="sync")] == ["live"] * 2
+
+
+async def test_the_session_is_made_anew_and_nothing_is_lost(
+    start: Start, redis: Redis, pg: asyncpg.Connection
+) -> None:
+    daemon = await start()
+    await redis.set("balance:1", "2")
+    await until_balance(pg, 1, "2.00")
+    # The session that shows the open run as running.
+    killed = await pg.fetchval(
+        """SELECT pg_terminate_backend(l.pid) FROM pg_locks AS l, balancesync.runs AS r
+           WHERE l.locktype = 'advisory' AND r.job = 'live'
+               AND (l.classid::bigint << 32) | l.objid::bigint = r.lock_key"""
+    )
+    assert killed
+    await redis.set("balance:1", "3")
+    await until_balance(pg, 1, "3.00")
+    await daemon.log.next("live", state="down")
+    await daemon.log.next("live", state="up")
+    assert len(daemon.log.all("run_finished", job="sync")) == 1
+
+
+async def test_what_the_acl_forbids_is_said_once_and_the_schedule_goes_on(
+    start: Start, redis: Redis, redis_url: str, pg: asyncpg.Connection
+) -> None:
+    await acl(redis, "on nopass ~balance:* +@all -client|tracking resetchannels")
+    url = redis_url.replace("redis://", "redis://plain:x@")
+    try:
+        daemon = await start(redis={"url": url}, up=False)
+        told = await daemon.log.next("live", state="down")
+        assert told["reason"].endswith(
+            "ACL SETUSER ... &__redis__:invalidate, see docs/security.md"
+        )
+        await daemon.api.sync()
+        assert len(await rows(pg)) == KEYS
+        await acl(redis, "&__redis__:invalidate")
+        told = await daemon.log.next("live", state="down")
+        assert told["reason"].endswith("ACL SETUSER ... +client|tracking, see docs/security.md")
+        assert len(daemon.log.all("live")) == 2
+        await acl(redis, "+client|tracking")
+        await daemon.log.next("live", state="up")
+    finally:
+        await redis.acl_deluser("plain")
