@@ -19,7 +19,6 @@ _MAX_REFUSED_ROWS: Final = 1000
 _LOCK_ATTEMPTS: Final = 8
 _LOCK_PAUSE_S: Final = 0.1
 _DETAIL: Final = 200
-_LOCK_ERRORS: Final = (asyncpg.DeadlockDetectedError, asyncpg.LockNotAvailableError)
 # Errors that no row is to blame for: connection, transaction, authorization, catalog, rollback,
 # resources, state, operator, system, bug. A trigger may raise whatever else it likes.
 # https://www.postgresql.org/docs/current/errcodes-appendix.html
@@ -57,6 +56,14 @@ class _Slice:
     after: int
     last: int
     attempts: int = 0
+
+    @property
+    def rows(self) -> int:
+        return self.last - self.after
+
+    def halves(self) -> tuple["_Slice", "_Slice"]:
+        middle = (self.after + self.last) // 2
+        return _Slice(self.op, self.after, middle), _Slice(self.op, middle, self.last)
 
 
 class Applier:
@@ -111,18 +118,29 @@ class Applier:
         write = self._write_kept if self._history.enabled else self._write
         try:
             await write(piece)
-        except _LOCK_ERRORS as error:
-            piece.attempts += 1
-            if piece.attempts == _LOCK_ATTEMPTS:
-                raise Transient(
-                    f"rows of {self._writer.mapping.config.table} stay locked by another session:"
-                    f" {error}; see postgres.lock_timeout"
-                ) from error
-            self._queue.append(piece)
+        except asyncpg.DeadlockDetectedError as error:
+            # The fewer rows it locks at a time, the sooner it gets past an application that locks
+            # the same ones in another order all the time. One row alone can't be in a deadlock
+            # with those who lock rows only.
+            if piece.rows == 1:
+                self._put_off(piece, error)
+            else:
+                self._queue.extend(replace(half, attempts=1) for half in piece.halves())
+        except asyncpg.LockNotAvailableError as error:
+            self._put_off(piece, error)
         except asyncpg.PostgresError as error:
             if not _is_of_a_row(error):
                 raise
             await self._narrow(piece, error)
+
+    def _put_off(self, piece: _Slice, error: asyncpg.PostgresError) -> None:
+        piece.attempts += 1
+        if piece.attempts == _LOCK_ATTEMPTS:
+            raise Transient(
+                f"rows of {self._writer.mapping.config.table} stay locked by another session:"
+                f" {error}; see postgres.lock_timeout"
+            ) from error
+        self._queue.append(piece)
 
     def _count(self, op: Op, rows: int) -> None:
         match op:
@@ -169,10 +187,8 @@ class Applier:
 
     async def _narrow(self, piece: _Slice, error: asyncpg.PostgresError) -> None:
         """Halve a slice that the table refuses, down to the row that it is about."""
-        if piece.last - piece.after > 1:
-            middle = (piece.after + piece.last) // 2
-            self._queue.appendleft(_Slice(piece.op, middle, piece.last))
-            self._queue.appendleft(_Slice(piece.op, piece.after, middle))
+        if piece.rows > 1:
+            self._queue.extendleft(reversed(piece.halves()))
             return
         texts, values = await self._writer.row(piece.op, piece.after)
         key = self._writer.mapping.print_key(texts)
