@@ -29,11 +29,13 @@ if TYPE_CHECKING:
     from balancesync.config import Config
 
 USAGE: Final = 2
+_CENTURY_S: Final = 100 * 365 * 86_400
 _ALIASES: Final = {"health": ("health-check", "health_check")}
 _EXAMPLES: Final = {
     "sync": "balancesync sync --dry-run --mapping balances",
     "verify": "balancesync verify --json",
     "restore": "balancesync restore --dry-run",
+    "prune": "balancesync prune --idle-for 2592000 --dry-run",
     "rejects": "balancesync rejects --reason too_many_decimals --limit 20",
     "history": "balancesync history --mapping balances 123456",
     "runs": "balancesync runs --limit 5",
@@ -52,6 +54,7 @@ _HELP: Final = {
     "sync": "copy what has changed from Redis to PostgreSQL, now",
     "verify": "compare Redis with PostgreSQL; writes no balance",
     "restore": "put PostgreSQL's balances back into Redis, where they're missing",
+    "prune": "free Redis' memory of balances that haven't changed for long",
     "rejects": "what couldn't be stored, and why",
     "history": "every kept change of one balance, the newest first",
     "runs": "what ran, the newest first",
@@ -245,6 +248,22 @@ def _add_restore(command: argparse.ArgumentParser) -> None:
     _add_wait(command)
 
 
+def _add_prune(command: argparse.ArgumentParser) -> None:
+    _add_common(command)
+    _add_mapping(command)
+    command.add_argument(
+        "--idle-for",
+        type=_idle_seconds,
+        required=True,
+        metavar="SECONDS",
+        help="how long a row must not have changed",
+    )
+    command.add_argument(
+        "--dry-run", action="store_true", help="show what would go, and change nothing"
+    )
+    _add_wait(command)
+
+
 def _add_verify(command: argparse.ArgumentParser) -> None:
     _add_common(command)
     _add_mapping(command)
@@ -300,6 +319,7 @@ _OPTIONS: Final[dict[str, Callable[[argparse.ArgumentParser], None]]] = {
     "sync": _add_sync,
     "verify": _add_verify,
     "restore": _add_restore,
+    "prune": _add_prune,
     "rejects": _add_rejects,
     "history": _add_history,
     "runs": _add_runs,
@@ -320,6 +340,13 @@ def _limit(text: str) -> int:
     number = int(text)
     if not 1 <= number <= 1_000_000:
         raise argparse.ArgumentTypeError("must be from 1 to 1000000")
+    return number
+
+
+def _idle_seconds(text: str) -> float:
+    number = float(text)
+    if not 0 <= number <= _CENTURY_S:
+        raise argparse.ArgumentTypeError("must be from 0 to a century of seconds")
     return number
 
 

@@ -111,6 +111,18 @@ async def restore(config: Config, args: Namespace) -> int:
     return await _run(config, args, request, wait_s=args.wait)
 
 
+async def prune(config: Config, args: Namespace) -> int:
+    """Take records out of Redis whose rows haven't changed for long, or show which."""
+    request = Request(
+        job="prune",
+        trigger="cli",
+        mode="dry_run" if args.dry_run else "apply",
+        mapping=args.mapping,
+        idle_s=args.idle_for,
+    )
+    return await _run(config, args, request, wait_s=args.wait)
+
+
 async def _run(config: Config, args: Namespace, request: Request, *, wait_s: float = 0.0) -> int:
     async with servers(config) as (database, source):
         with follow(terminal=sys.stderr.isatty()) as on_progress:
@@ -331,6 +343,7 @@ COMMANDS: Final[dict[str, Command]] = {
     "sync": sync,
     "verify": verify,
     "restore": restore,
+    "prune": prune,
     "rejects": rejects,
     "history": history,
     "runs": runs,

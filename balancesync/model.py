@@ -47,7 +47,9 @@ Reason = Literal[
 class Request:
     """What somebody asked for; `trigger` is startup cron:NAME http sighup cli live or recovery.
 
-    `overwrite` is a restore's: give records that have another value the row's.
+    A restore's: `overwrite`, give records that have another value the row's; `as_of`, a time with
+    its zone, the rows as they were then. A prune's: `idle_s`, how many seconds a row must not have
+    changed.
     """
 
     job: Job
@@ -57,6 +59,8 @@ class Request:
     accept_loss: bool = False
     force: bool = True
     overwrite: bool = False
+    as_of: datetime | None = None
+    idle_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +208,10 @@ class Known:
 
 @dataclass(frozen=True, slots=True)
 class Baseline:
-    """What a mapping looked like at the last success, for the guard to judge a loss by."""
+    """What a mapping looked like at the last success, for the guard to judge a loss by.
+
+    `pruned` are those of the keys that were pruned since and haven't come back.
+    """
 
     present: int
     absent: int
@@ -266,12 +273,12 @@ def guard(
         # A row that others have added since has no key either: no more than is known can be lost.
         lost = min(max(seen.absent - baseline.absent - baseline.pruned, 0), known)
         returned_changed = seen.changed if standing else 0
-        if exceeds(lost + returned_changed, max_loss, baseline.present):
+        if exceeds(lost + returned_changed, max_loss, known):
             changed = f" and {seen.changed:,} came back changed" if returned_changed else ""
             return Refusal(
                 mapping,
                 "loss",
-                f"{lost:,} of {baseline.present:,} known keys are gone{changed}, "
+                f"{lost:,} of {known:,} known keys are gone{changed}, "
                 f"more than guard.max_loss = {max_loss:g}",
             )
     writes = seen.changed + seen.deletable

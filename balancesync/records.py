@@ -222,10 +222,25 @@ class Records:
         """Remember a success; a refusal of these mappings is lifted."""
         for mapping, seen in baselines.items():
             await connection.execute(self._sql["save_baseline"], mapping, seen.present, seen.absent)
+            await connection.execute(self._sql["forget_pruned"], mapping, timeout=NO_LIMIT)
 
     async def save_refusal(self, connection: Connection, mapping: str, reason: str) -> None:
         """Remember that the guard refused; it stands until a success or a restore."""
         await connection.execute(self._sql["save_refusal"], mapping, reason)
+
+    async def record_pruned(
+        self, connection: Connection, mapping: str, run: UUID, keys: Sequence[tuple[str, ...]]
+    ) -> None:
+        """Write down keys, by the texts of their columns, that are about to be pruned."""
+        texts = [text for key in keys for text in key]
+        await connection.execute(self._sql["record_pruned"], mapping, run, texts, len(keys[0]))
+
+    async def withdraw_pruned(
+        self, connection: Connection, mapping: str, keys: Sequence[tuple[str, ...]]
+    ) -> None:
+        """Strike out keys that are still there."""
+        texts = [text for key in keys for text in key]
+        await connection.execute(self._sql["withdraw_pruned"], mapping, texts, len(keys[0]))
 
     async def lift_refusals(self, connection: Connection, mappings: Sequence[str]) -> None:
         """Remember that what these mappings had lost is back."""

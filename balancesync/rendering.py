@@ -78,6 +78,11 @@ class Rendering:
         made += [(name, new) for name, new in mapped.items() if new is not None]
         return _encode(tuple(made)).encode()
 
+    def is_whole(self, document: bytes) -> bool:
+        """Whether an object, which the mapping has read already, has mapped members only."""
+        there = cast("tuple[tuple[str, object], ...]", _decode(document))
+        return {name for name, _ in there} <= {*self._fields}
+
 
 def _member(text: bytes, kind: ColumnType) -> bytes:
     return text if kind.name in _BARE else _text(text.decode()).encode()

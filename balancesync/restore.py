@@ -6,26 +6,22 @@ What goes to Redis is read by the mapping itself first: nothing is written that 
 or take for another row. While Redis works on one page, the next is made.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Final, cast
 
-from balancesync import table as tables
 from balancesync.apply import Applied
-from balancesync.config import Config, MappingConfig
-from balancesync.database import Database
-from balancesync.errors import RightMissing, RunFailed, SourceChanged, TargetMismatch
-from balancesync.mapping import Mapping
-from balancesync.model import RawValue, Request, Run, exceeds
+from balancesync.attempt import Attempt, require_synced_at
+from balancesync.config import MappingConfig
+from balancesync.database import quote
+from balancesync.errors import SourceChanged
+from balancesync.history import History
+from balancesync.model import RawValue, exceeds
 from balancesync.part import Progress
-from balancesync.pipeline import begin, chosen_mappings
-from balancesync.records import Records
 from balancesync.rendering import Value
-from balancesync.report import Report
-from balancesync.rows import Rows, Selection, restorable
+from balancesync.rows import Selection, restorable
 from balancesync.session import Session
-from balancesync.source import Source
 from balancesync.table import Table
 from balancesync.target import Op
 from balancesync.values import show
@@ -49,86 +45,33 @@ class _Outcome:
     unchanged: int = 0
 
 
-class Restore:
-    """One attempt at a restore; made and driven as `pipeline.Pipeline` is."""
+class Restore(Attempt):
+    """One attempt at a restore."""
 
-    def __init__(
-        self,
-        config: Config,
-        database: Database,
-        source: Source,
-        *,
-        run: Run,
-        request: Request,
-        committed: dict[str, Applied],
-        on_progress: Callable[[Progress], None],
-        on_alive: Callable[[], None],
-    ) -> None:
-        self.recorded = False
-        self.has_read = False
-        self.reports: list[Report] = []
-        self._config = config
-        self._database = database
-        self._source = source
-        self._run = run
-        self._request = request
-        self._committed = committed
-        self._on_progress = on_progress
-        self._on_alive = on_alive
-        self._writes = request.mode == "apply"
+    purpose = "restore from"
 
-    async def execute(self, wait_s: float, close: Callable[[], None]) -> None:
-        """Do it all; `close` stamps the run's end just before its success is recorded.
+    async def _select(self, session: Session, config: MappingConfig, table: Table) -> Selection:
+        keeps_others = config.mode == "update" and bool(config.synced_at)
+        if keeps_others:
+            require_synced_at(config, table)
+        moment = self._request.as_of
+        if moment is None:
+            return Selection(table.sql_name, restorable(config))
+        history = History(self._database, self._config.history)
+        relation = f"({history.all_as_of(config, table).rstrip(';')})"
+        if keeps_others:
+            # The past doesn't tell which rows balancesync has written, but the table does.
+            keys = ", ".join(quote(name) for name in config.key_columns)
+            synced = f"SELECT {keys}, {quote(config.synced_at)} FROM {table.sql_name}"  # noqa: S608  # quoted
+            relation = f"({relation} AS a LEFT JOIN ({synced}) AS b USING ({keys}))"
+        return Selection(
+            relation,
+            restorable(config),
+            (config.name, moment),
+            lambda connection: history.require(connection, config, moment),
+        )
 
-        Raises BalanceSyncError: Transient ones may be tried again.
-        """
-        session = await Session.open(self._database, self._on_alive)
-        try:
-            with self._database.translated(last=True):
-                self.recorded = await begin(
-                    self._database,
-                    session,
-                    self._run,
-                    wait_s,
-                    lambda: self._on_progress(Progress("lock")),
-                )
-                self.has_read = True
-                parts = await self._parts(session)
-                for part in parts:
-                    try:
-                        await self._restore(part)
-                    finally:
-                        self._tally(part)
-                await self._check_size(parts)
-                await self._conclude(session, parts, close)
-        finally:
-            await session.close()
-
-    async def _parts(self, session: Session) -> list[Part]:
-        parts = []
-        for number, config in enumerate(chosen_mappings(self._config, self._request.mapping)):
-            table = await tables.inspect(session.connection, config)
-            if not table.exists:
-                raise TargetMismatch(
-                    f'mapping "{config.name}": the table {config.table} does not exist: there is'
-                    " nothing to restore from"
-                )
-            mapping = Mapping(config, nullable=table.nullable(config))
-            rows = Rows(session, config, self._selection(config, table), number)
-            parts.append(Part(mapping, rows))
-        return parts
-
-    def _selection(self, config: MappingConfig, table: Table) -> Selection:
-        """Where the rows of a mapping come from."""
-        column = config.synced_at if config.mode == "update" else ""
-        if column and not table.columns[column].may_select:
-            raise RightMissing(
-                f'mapping "{config.name}": this role lacks SELECT ({column}) on {config.table},'
-                " which tells the rows that balancesync has written; GRANT it, see docs/security.md"
-            )
-        return Selection(table.sql_name, restorable(config))
-
-    async def _restore(self, part: Part) -> None:
+    async def _work(self, session: Session, part: Part) -> None:
         progress = Progress("restore", part.mapping.name)
         self._on_progress(progress)
         progress.total = await part.rows.put_aside()
@@ -230,44 +173,28 @@ class Restore:
         counts.unchanged -= inserted + updated
         self._run.mappings[name] = counts
 
+    async def _judge(self, parts: Sequence[Part]) -> str:
+        kept = self._kept(parts)
+        if not self._writes:
+            if kept:
+                self._warn(kept)
+            return ""
+        await self._check_size(parts)
+        return kept
+
     async def _check_size(self, parts: Sequence[Part]) -> None:
         """Raise SourceChanged if what was put into Redis has gone meanwhile, as by FLUSHALL."""
-        scattered = [part.counts for part in parts if not part.reading.member_key]
-        put = sum(each.inserted + each.updated + each.unchanged + each.kept for each in scattered)
-        if not self._writes or not put:
-            return
-        there = sum((await self._source.dbsize()).values())
+        counts = [part.counts for part in parts if not part.reading.member_key]
+        put = sum(each.inserted + each.updated + each.unchanged + each.kept for each in counts)
+        there = sum((await self._source.dbsize()).values()) if put else 0
         if exceeds(put - there, self._config.guard.max_loss, put):
             raise SourceChanged(
                 f"Redis fell to {there:,} keys while {put:,} were restored: it is emptied by others"
             )
 
-    async def _conclude(
-        self, session: Session, parts: Sequence[Part], close: Callable[[], None]
-    ) -> None:
-        """Record the outcome, and with a success that no refusal of these mappings stands."""
-        run, records = self._run, Records(self._database)
-        for part in parts:
-            if part.counts.rejected:
-                self._warn(
-                    f'mapping "{part.mapping.name}": {part.counts.rejected:,} rows can\'t be keys'
-                    f" of Redis that a sync would take; the first is {part.first_reject}"
-                )
-        kept = self._kept(parts)
-        if kept and self._writes:
-            raise RunFailed(kept)
-        if kept:
-            self._warn(kept)
-        self.reports = [] if self._writes else [part.report for part in parts]
-        run.status = "succeeded"
-        close()
-        if not self.recorded:
-            return
-        async with session.transaction():
-            if self._writes:
-                names = [part.mapping.name for part in parts]
-                await records.lift_refusals(session.connection, names)
-            await records.save(session.connection, run)
+    async def _remember(self, session: Session, parts: Sequence[Part]) -> None:
+        names = [part.mapping.name for part in parts]
+        await self._records.lift_refusals(session.connection, names)
 
     def _kept(self, parts: Sequence[Part]) -> str:
         """What is to be said of records that were left as they are, if any."""
@@ -286,8 +213,3 @@ class Restore:
             f"{told}. See them with `balancesync restore --dry-run`; if PostgreSQL is right, run it"
             " with --overwrite, if Redis is, `balancesync sync`"
         )
-
-    def _warn(self, warning: str) -> None:
-        # A run may be attempted several times, and then meet the same thing again.
-        if warning not in self._run.warnings:
-            self._run.warnings.append(warning)

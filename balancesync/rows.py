@@ -7,13 +7,13 @@ temporary file of the size of the rows.
 """
 
 import re
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 from balancesync.columns import ColumnType
 from balancesync.config import MappingConfig
-from balancesync.database import NO_LIMIT, load_sql, quote
+from balancesync.database import NO_LIMIT, Connection, load_sql, quote
 from balancesync.session import Session
 from balancesync.statements import key_text
 from balancesync.values import INTEGERS, TEXTS
@@ -31,12 +31,13 @@ _YEARS: Final = "'0001-01-01 00:00:00Z' AND '9999-12-31 23:59:59.999999Z'"
 class Selection:
     """Which rows: a relation with the table's columns, as SQL, and a condition on it as `t`.
 
-    `arguments` are those of both.
+    `arguments` are those of both. `check` is asked in the same snapshot before, and may raise.
     """
 
     relation: str
     wanted: str
     arguments: tuple[Any, ...] = ()
+    check: Callable[[Connection], Awaitable[None]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,7 @@ class Rows:
         self._session = session
         self._key_count = len(config.key_columns)
         self._arguments = selection.arguments
+        self._check = selection.check
         parts = {
             # One name for each: the driver keeps what it knows of the columns of a FETCH.
             "cursor": f"rows_{number}",
@@ -75,7 +77,9 @@ class Rows:
 
     async def put_aside(self) -> int:
         """Read the rows, all at one moment; return how many there are."""
-        async with self._session.transaction():
+        async with self._session.transaction("REPEATABLE READ"):
+            if self._check is not None:
+                await self._check(self._session.connection)
             await self._execute(self._sql["put_aside"], *self._arguments)
         moved = await self._execute(self._sql["count"])
         await self._execute(self._sql["rewind"])

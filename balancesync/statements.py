@@ -22,11 +22,13 @@ def statements(
     diff: str,
     first: str,
     changes: str,
+    pruned: str,
     ordered: bool,
 ) -> dict[str, str]:
     """Every block of `sql/target.sql` for this mapping; identifiers are quoted here.
 
-    `first` is the diff that this one is a second look at, or itself; `changes` the history.
+    `first` is the diff that this one is a second look at, or itself; `changes` the history;
+    `pruned` keeps the keys that were pruned.
     `ordered` joins the staging table in key order, for looks into the target's key index.
     """
     keys, values = config.key_columns, config.value_columns
@@ -44,6 +46,7 @@ def statements(
         "diff": diff,
         "first": first,
         "changes": changes,
+        "pruned": pruned,
         "target": table.sql_name,
         "keys": ", ".join(k),
         # One plain column is sorted three times as fast as it is hashed or sorted as a row.

@@ -10,6 +10,7 @@ from typing import Final
 import structlog
 
 from balancesync.apply import Applied
+from balancesync.attempt import Attempt
 from balancesync.config import Config
 from balancesync.database import Connection, Database
 from balancesync.errors import (
@@ -25,6 +26,7 @@ from balancesync.errors import (
 from balancesync.model import Job, Request, Run, Status, new_run
 from balancesync.part import Progress
 from balancesync.pipeline import Pipeline
+from balancesync.prune import Prune
 from balancesync.records import Records
 from balancesync.report import Report
 from balancesync.restore import Restore
@@ -36,13 +38,13 @@ _SHOW_S: Final = 2.0
 _FLUSH_S: Final = 0.5
 
 # What makes one attempt at a job; of all others, the pipeline does.
-_ATTEMPTS: Final[dict[Job, type[Restore]]] = {"restore": Restore}
+_ATTEMPTS: Final[dict[Job, type[Attempt]]] = {"restore": Restore, "prune": Prune}
 
 log = structlog.get_logger("balancesync")
 
 
 class Sync:
-    """Executes one request of the jobs sync, verify and restore.
+    """Executes one request of the jobs sync, verify, restore and prune.
 
     `failure` is the error behind a status that isn't success, `reports` what a dry run or verify
     found, `is_recorded` whether PostgreSQL holds the run as it ended. `on_progress` is called
@@ -71,7 +73,7 @@ class Sync:
         self.is_recorded = False
         self._ending: RunFailed | None = None
         self._ended = asyncio.Event()
-        self._pipeline: Pipeline | Restore | None = None
+        self._pipeline: Pipeline | Attempt | None = None
         self._begun = False
         self._between: Connection | None = None
 

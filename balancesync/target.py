@@ -90,6 +90,7 @@ class Writer:
                 diff=self._diff,
                 first=(first or self)._diff,
                 changes=f"{session.database.schema}.changes",
+                pruned=f"{session.database.schema}.pruned",
                 ordered=ordered,
             )
             for ordered in (False, True)
@@ -200,6 +201,10 @@ class Writer:
         if not self._rejected:
             return 0
         return await self._count(self._sql["count_rejects"], self.mapping.name)
+
+    async def count_pruned_back(self) -> int:
+        """How many of the keys that were pruned since the last success are there again."""
+        return await self._count(self._sql["count_pruned_back"], self.mapping.name)
 
     async def _drop_duplicates(self) -> int:
         """Keep the latest read of each key; return how many keys have a value to store."""

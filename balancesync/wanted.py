@@ -88,6 +88,12 @@ class Part:
             return found is not None
         return self._meant(found) == self._meant(wanted)
 
+    def is_whole(self, seen: RawValue) -> bool:
+        """Whether what was read is all that a string or an object holds; a hash can't tell."""
+        if self.mapping.config.type != "json":
+            return True
+        return isinstance(seen, bytes) and self._rendering.is_whole(seen)
+
     def replacement(self, seen: RawValue, wanted: Value) -> Value | None:
         """What `seen` is to become so that its mapped fields are those wanted; None if it can't."""
         if isinstance(seen, list) and isinstance(wanted, list):

@@ -128,3 +128,26 @@ ON CONFLICT (mapping) DO UPDATE SET refusal = EXCLUDED.refusal,
 -- name: lift_refusals
 UPDATE {schema}.baselines SET refusal = NULL, refused_at = NULL
 WHERE mapping = ANY($1::text[]) AND refusal IS NOT NULL;
+
+-- name: forget_pruned
+DELETE FROM {schema}.pruned WHERE mapping = $1;
+
+-- name: record_pruned
+-- $3: the texts of the keys' columns one after the other, $4 of them for each key.
+WITH added AS (
+    INSERT INTO {schema}.pruned (mapping, key, run_id)
+    SELECT $1, ($3::text[])[(n - 1) * $4 + 1 : n * $4], $2
+    FROM generate_series(1, cardinality($3::text[]) / $4::int) AS n
+    ON CONFLICT DO NOTHING
+    RETURNING 1
+)
+UPDATE {schema}.baselines SET pruned = pruned + (SELECT count(*) FROM added) WHERE mapping = $1;
+
+-- name: withdraw_pruned
+WITH gone AS (
+    DELETE FROM {schema}.pruned WHERE mapping = $1 AND key IN (
+        SELECT ($2::text[])[(n - 1) * $3 + 1 : n * $3]
+        FROM generate_series(1, cardinality($2::text[]) / $3::int) AS n)
+    RETURNING 1
+)
+UPDATE {schema}.baselines SET pruned = pruned - (SELECT count(*) FROM gone) WHERE mapping = $1;

@@ -84,3 +84,12 @@ ALTER TABLE {schema}.runs ADD COLUMN step integer;
 ALTER TABLE {schema}.runs ADD COLUMN recorded_at timestamptz NOT NULL DEFAULT now();
 CREATE INDEX runs_before_history ON {schema}.runs (recorded_at)
     WHERE step IS NULL AND mode = 'apply';
+
+-- The keys that were pruned since the mapping's last success, each written down before it goes.
+-- baselines.pruned is how many they are.
+CREATE TABLE {schema}.pruned (
+    mapping text COLLATE "C" NOT NULL,
+    key text[] COLLATE "C" NOT NULL,
+    run_id uuid NOT NULL,
+    PRIMARY KEY (mapping, key)
+);

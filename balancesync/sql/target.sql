@@ -35,6 +35,10 @@ SELECT count(*) FROM {staging} WHERE rejected IS NULL;
 -- name: count_target
 SELECT count(*) FROM {target} AS t WHERE {keys_not_null};
 
+-- name: count_pruned_back
+SELECT count(*) FROM {pruned} AS p
+WHERE p.mapping = $1 AND EXISTS (SELECT FROM {staging} AS s WHERE {s_key_texts} = p.key);
+
 -- name: count_rejected_rows
 SELECT count(*) FROM {staging} AS s WHERE s.rejected AND EXISTS (SELECT FROM {target} AS t WHERE {same_key});
 
