@@ -243,6 +243,11 @@ def _add_restore(command: argparse.ArgumentParser) -> None:
         "--overwrite", action="store_true", help="also where Redis has another value"
     )
     command.add_argument(
+        "--as-of",
+        metavar="TIME",
+        help="as they were then, by the history; such as 2026-01-31T02:00:00Z",
+    )
+    command.add_argument(
         "--dry-run", action="store_true", help="show what would come back, and change nothing"
     )
     _add_wait(command)

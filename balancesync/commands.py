@@ -21,6 +21,7 @@ from balancesync.documents import (
     Document,
     change_document,
     exact_time_text,
+    parse_time,
     reject_document,
     run_document,
 )
@@ -101,12 +102,17 @@ async def verify(config: Config, args: Namespace) -> int:
 
 async def restore(config: Config, args: Namespace) -> int:
     """Put PostgreSQL's rows back into Redis, or show what would come back."""
+    try:
+        as_of = None if args.as_of is None else parse_time(args.as_of)
+    except ValueError as error:
+        raise ConfigError(f"--as-of {error}") from None
     request = Request(
         job="restore",
         trigger="cli",
         mode="dry_run" if args.dry_run else "apply",
         mapping=args.mapping,
         overwrite=args.overwrite,
+        as_of=as_of,
     )
     return await _run(config, args, request, wait_s=args.wait)
 

@@ -14,7 +14,6 @@ from typing import Final, cast
 from balancesync.apply import Applied
 from balancesync.attempt import Attempt, require_synced_at
 from balancesync.config import MappingConfig
-from balancesync.database import quote
 from balancesync.errors import SourceChanged
 from balancesync.history import History
 from balancesync.model import RawValue, exceeds
@@ -51,21 +50,15 @@ class Restore(Attempt):
     purpose = "restore from"
 
     async def _select(self, session: Session, config: MappingConfig, table: Table) -> Selection:
-        keeps_others = config.mode == "update" and bool(config.synced_at)
-        if keeps_others:
-            require_synced_at(config, table)
         moment = self._request.as_of
+        if config.synced_at and (moment is not None or config.mode == "update"):
+            require_synced_at(config, table)
         if moment is None:
             return Selection(table.sql_name, restorable(config))
         history = History(self._database, self._config.history)
-        relation = f"({history.all_as_of(config, table).rstrip(';')})"
-        if keeps_others:
-            # The past doesn't tell which rows balancesync has written, but the table does.
-            keys = ", ".join(quote(name) for name in config.key_columns)
-            synced = f"SELECT {keys}, {quote(config.synced_at)} FROM {table.sql_name}"  # noqa: S608  # quoted
-            relation = f"({relation} AS a LEFT JOIN ({synced}) AS b USING ({keys}))"
+        await history.require(session.connection, config, moment)
         return Selection(
-            relation,
+            f"({history.all_as_of(config, table).rstrip(';')})",
             restorable(config),
             (config.name, moment),
             lambda connection: history.require(connection, config, moment),

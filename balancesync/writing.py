@@ -135,8 +135,9 @@ def form_of(reading: Reading) -> Form:
 class Sent:
     """Commands under way."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, command: bytes) -> None:
         self._done = [False] * count
+        self._command = command
         self._pieces: list[tuple[Connection, list[int], Any]] = []
 
     def add(self, connection: Connection, places: list[int], reply: Any) -> None:
@@ -147,15 +148,15 @@ class Sent:
         """Whether each did what it's for; raises what an error reply stands for."""
         for connection, places, reply in self._pieces:
             for at, each in zip(places, await reply, strict=True):
-                self._done[at] = bool(_checked(connection, each))
+                self._done[at] = bool(_checked(connection, each, self._command))
         return self._done
 
 
-def _checked(connection: Connection, reply: Any) -> Any:
+def _checked(connection: Connection, reply: Any, command: bytes) -> Any:
     # In a script's error the type's own may stand anywhere; such a key isn't what was read.
     if isinstance(reply, hiredis.ReplyError) and "WRONGTYPE" in str(reply):
         return False
-    return connection.check(reply, b"SET")
+    return connection.check(reply, command)
 
 
 class Writing:
@@ -201,7 +202,9 @@ class Writing:
         return found
 
     async def _send(self, keys: list[bytes], commands: list[bytes]) -> Sent:
-        sent = Sent(len(keys))
+        # All are the same command, whose name is the first word of each.
+        name = commands[0].split(b"\r\n", 3)[2] if commands else b""
+        sent = Sent(len(keys), name)
         limit = self._pace.count
         for address, places in self._layout.divide(keys, self._big).items():
             connection = self._values[address].connection

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Iterable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from running import processes
 from balancesync.embedded import RedisServer
 from balancesync.errors import (
     ConfigError,
+    HistoryGap,
     LockHeld,
     RedisUnavailable,
     RightMissing,
@@ -26,6 +28,8 @@ from balancesync.model import Run
 from balancesync.part import Progress
 
 Make = Callable[..., Engine]
+
+DAY = timedelta(days=1)
 
 HASH = {
     "key": "account:{user_id}",
@@ -363,6 +367,48 @@ async def test_a_dry_run_writes_nothing_and_shows_what_would_be(
     # It takes no lock, and leaves no trace that could hold back deletions.
     statuses = await pg.fetch("SELECT mode FROM balancesync.runs WHERE job = 'restore'")
     assert [row["mode"] for row in statuses] == ["dry_run", "dry_run"]
+
+
+# --- the past -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["upsert", "update"])
+async def test_as_of_brings_back_what_was(
+    engine: Make, redis: Redis, pg: asyncpg.Connection, mode: str
+) -> None:
+    await pg.execute(
+        "CREATE TABLE balances (user_id bigint PRIMARY KEY, balance numeric(20,2) DEFAULT 0,"
+        " synced_at timestamp)"
+    )
+    if mode == "update":
+        await pg.execute("INSERT INTO balances (user_id) SELECT generate_series(1, 5)")
+    made = engine({"mode": mode}, history={"enabled": True})
+    await redis.mset({"balance:1": "1", "balance:2": "2.5"})
+    await made.good()
+    moment = await pg.fetchval("SELECT clock_timestamp()")
+    await redis.mset({"balance:1": "100", "balance:3": "3"})
+    await made.good()
+    # Newer values are left, as ever; with overwrite all is as it was.
+    run = await made.sync(job="restore", as_of=moment)
+    assert (run.status, run.counts.unchanged) == ("failed", 1)
+    assert run.counts.kept == (1 if mode == "upsert" else 2)
+    await redis.flushall()
+    run = await restored(made, as_of=moment)
+    assert await redis.mget("balance:1", "balance:2") == [b"1", b"2.5"]
+    # Nobody knows any more that 3 had no key: the table had a row for it, which held nothing.
+    assert await redis.get("balance:3") == (None if mode == "upsert" else b"0")
+    assert (await made.good()).counts.updated == (1 if mode == "upsert" else 2)
+
+
+async def test_as_of_a_time_that_nobody_knows_is_an_error(engine: Make, redis: Redis) -> None:
+    await fill(redis, range(3))
+    made = engine(history={"enabled": True})
+    await made.good()
+    await redis.flushall()
+    await made_failed(made, HistoryGap, "the past is known since", as_of=datetime.now(UTC) - DAY)
+    await made_failed(made, HistoryGap, "is yet to come", as_of=datetime.now(UTC) + DAY)
+    await made_failed(engine(), HistoryGap, "[history] is not enabled", as_of=datetime.now(UTC))
+    assert await redis.dbsize() == 0
 
 
 # --- faults ---------------------------------------------------------------------------------------
