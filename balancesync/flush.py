@@ -200,10 +200,11 @@ class Flusher:
         # A key may be told to be gone more than once.
         part.diff.absent = len(set(read.absent) - absent)
         absent.update(read.absent)
-        lost = min(len(absent), baseline.present) - baseline.pruned
-        if exceeds(lost, limits.max_loss, baseline.present):
+        known = baseline.present - baseline.pruned
+        lost = min(len(absent) - baseline.pruned, known)
+        if exceeds(lost, limits.max_loss, known):
             raise Gap(
-                f'mapping "{name}": {lost:,} of {baseline.present:,} known keys are gone since the'
+                f'mapping "{name}": {lost:,} of {known:,} known keys are gone since the'
                 f" last full run, more than guard.max_loss = {limits.max_loss:g}"
             )
         writes = part.diff.updated.rows + part.diff.deleted.rows
@@ -249,7 +250,7 @@ class Flusher:
         await scan(part, self._source, tracking.identity, opened.rejects, lambda progress: None)
         stamp = await self._stamp(session, opened.run)
         part.diff = await writer.diff()
-        refusal = part.refusal(remembered, self._config.guard)
+        refusal = await part.refusal(remembered, self._config.guard)
         if refusal:
             raise Gap(f'mapping "{mapping.name}": {refusal.reason}')
         await tracking.settle()

@@ -83,9 +83,12 @@ class Part:
             counts.scanned = counts.seen
         return counts
 
-    def refusal(self, remembered: Remembered, limits: GuardConfig) -> Refusal | None:
+    async def refusal(self, remembered: Remembered, limits: GuardConfig) -> Refusal | None:
         """What the guard says to this diff."""
         baseline = remembered.baseline
+        if baseline is not None and baseline.pruned:
+            away = baseline.pruned - await self.writer.count_pruned_back()
+            baseline = replace(baseline, pruned=away)
         if baseline is None and self.mapping.config.mode == "upsert":
             # Before a first success all rows of a table of our own count as known.
             baseline = Baseline(present=self.diff.target_rows, absent=0)

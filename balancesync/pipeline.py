@@ -229,11 +229,7 @@ class Pipeline:
         refusals = []
         for part in parts:
             remembered = known.get(part.mapping.name, Remembered(None, None, None))
-            baseline = remembered.baseline
-            if baseline is not None and baseline.pruned:
-                away = baseline.pruned - await part.writer.count_pruned_back()
-                remembered = replace(remembered, baseline=replace(baseline, pruned=away))
-            refusal = part.refusal(remembered, self._config.guard)
+            refusal = await part.refusal(remembered, self._config.guard)
             if refusal:
                 refusals.append(refusal)
             elif not part.present:
