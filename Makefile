@@ -3,11 +3,11 @@
 
 BIN := .venv/bin
 
-.PHONY: help setup test torture demo bench image-test lint format lock pins clean
+.PHONY: help setup test torture demo bench image-test systemd-test lint format lock pins clean
 .DEFAULT_GOAL := help
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: .venv/.ready ## .venv with the locked packages, by uv or by plain Python
 
@@ -28,6 +28,9 @@ bench: .venv/.ready ## the benchmark; N=1000000 is the number of keys
 
 image-test: .venv/.ready ## builds the image with buildah and runs what is in it (root, two minutes)
 	@tools/image-test
+
+systemd-test: .venv/.ready ## the daemon under a real systemd in a container (root, two minutes)
+	@tools/systemd-test
 
 lint: .venv/.ready ## ruff, mypy and the layers
 	@$(BIN)/ruff check
