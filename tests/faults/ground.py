@@ -26,6 +26,17 @@ SMALL: dict[str, Any] = {"redis": {"scan_count": 20}, "postgres": {"apply_batch"
 # Quick, for nothing here gets better by waiting.
 RETRY = {"attempts": 5, "initial": 0.1, "maximum": 0.1}
 STILL_RUNNING = "SELECT count(*) FROM balancesync.runs WHERE status = 'running'"
+# Changes that don't begin with what the one before had left, and rows that aren't as the last one
+# left them: nobody else writes.
+GAPS = """
+    WITH chain AS (
+        SELECT key, old ->> 'balance' AS old, new ->> 'balance' AS new,
+            lag(new ->> 'balance') OVER (PARTITION BY key ORDER BY at) AS before,
+            lead(at) OVER (PARTITION BY key ORDER BY at) IS NULL AS last
+        FROM balancesync.changes)
+    SELECT count(*) FROM chain JOIN balances AS b ON b.user_id::text = key[1]
+    WHERE old IS DISTINCT FROM before OR last AND new <> b.balance::text
+"""
 WRITER = lock_key("writer", "balancesync")
 
 
@@ -67,14 +78,14 @@ def spread(chance: random.Random, whole: int, count: int) -> Sequence[int]:
 class Ground:
     """Both servers, an application that writes, and an engine that looks after each fault."""
 
-    def __init__(self, dsn: str, url: str, figures: Figures) -> None:
+    def __init__(self, dsn: str, url: str, figures: Figures, **sections: Any) -> None:
         # Which steps and keys are chosen: the same each time.
         self.chance = random.Random(4711)  # noqa: S311
         self.figures = figures
         self.ledger = Ledger(KEYS, figures)
         self.application = Application(url, self.ledger, self.chance)
         self.url = url
-        self.engine = Engine(make_config(dsn, url, **SMALL))
+        self.engine = Engine(make_config(dsn, url, **SMALL, **sections))
 
     async def begin(self) -> None:
         """A first success."""
@@ -101,6 +112,9 @@ class Ground:
             run = await self.engine.verify()
             assert (run.counts.unchanged, run.counts.scanned) == (KEYS, KEYS)
             assert not await pg.fetchval(STILL_RUNNING)
+            if self.engine.config.history.enabled:
+                self.figures.checked(KEYS, gaps := await pg.fetchval(GAPS))
+                assert not gaps
 
 
 class Frail(Ground):
