@@ -39,7 +39,7 @@ _EXAMPLES: Final = {
     "rejects": "balancesync rejects --reason too_many_decimals --limit 20",
     "history": "balancesync history --mapping balances 123456",
     "runs": "balancesync runs --limit 5",
-    "status": "balancesync status --json",
+    "status": "balancesync status --watch",
     "stats": "balancesync stats",
     "health": "balancesync health || echo 'look at balancesync status'",
     "check": "balancesync check --config config.toml",
@@ -58,7 +58,7 @@ _HELP: Final = {
     "rejects": "what couldn't be stored, and why",
     "history": "every kept change of one balance, the newest first",
     "runs": "what ran, the newest first",
-    "status": "the last run, the last success, what the guard refuses, both servers",
+    "status": "whether the balances are safe, what runs, ran and comes, both servers",
     "stats": "totals, durations and rejects",
     "health": "exit code 0 or 1, for a health check",
     "check": "look for trouble before it comes: configuration, rights, tables, Redis",
@@ -269,6 +269,18 @@ def _add_prune(command: argparse.ArgumentParser) -> None:
     _add_wait(command)
 
 
+def _add_status(command: argparse.ArgumentParser) -> None:
+    _add_common(command)
+    command.add_argument(
+        "--watch",
+        type=_pause,
+        nargs="?",
+        const=2.0,
+        metavar="S",
+        help="show it anew every S seconds (2 if not given), until Ctrl-C",
+    )
+
+
 def _add_verify(command: argparse.ArgumentParser) -> None:
     _add_common(command)
     _add_mapping(command)
@@ -328,7 +340,7 @@ _OPTIONS: Final[dict[str, Callable[[argparse.ArgumentParser], None]]] = {
     "rejects": _add_rejects,
     "history": _add_history,
     "runs": _add_runs,
-    "status": _add_common,
+    "status": _add_status,
     "stats": _add_common,
     "health": _add_common,
     "check": _add_common,
@@ -352,6 +364,13 @@ def _idle_seconds(text: str) -> float:
     number = float(text)
     if not 0 <= number <= _CENTURY_S:
         raise argparse.ArgumentTypeError("must be from 0 to a century of seconds")
+    return number
+
+
+def _pause(text: str) -> float:
+    number = _seconds(text)
+    if number < 0.1:
+        raise argparse.ArgumentTypeError("must be at least 0.1 seconds")
     return number
 
 

@@ -13,7 +13,7 @@ from dataclasses import asdict, replace
 from typing import Any, Final, Literal
 
 from balancesync import check as checks
-from balancesync import overview, service, show, telemetry
+from balancesync import overview, service, show, standing, telemetry
 from balancesync.changes import show_changes
 from balancesync.config import Config, MappingConfig
 from balancesync.database import Connection, Database, Steps
@@ -39,6 +39,7 @@ from balancesync.progress import follow
 from balancesync.records import Records
 from balancesync.source import Source
 from balancesync.sync import Sync
+from balancesync.watch import watch
 
 Command = Callable[[Config, Namespace], Coroutine[Any, Any, int]]
 
@@ -52,9 +53,12 @@ def configure_logs(config: Config, secrets: tuple[str, ...], *, verbose: bool) -
     log = config.log
     if verbose:
         log = replace(log, level="debug")
-    elif terminal and log.level == "info" and log.format != "json":
+    people = terminal and not verbose and log.level == "info" and log.format != "json"
+    if people:
         log = replace(log, level="warning")
-    telemetry.configure(log, secrets, stream_is_tty=terminal)
+    # The result has a run's counts, and the last line its error.
+    untold = frozenset({"run"} if people else ())
+    telemetry.configure(log, secrets, stream_is_tty=terminal, untold=untold)
 
 
 @asynccontextmanager
@@ -290,8 +294,13 @@ async def status(config: Config, args: Namespace) -> int:
         async with servers(config) as (database, source):
             return await overview.status(database, source)
 
-    document = await service.ask(config, "/status", found)
-    _answer(args, document, show.show_status)
+    async def ask() -> Document:
+        return await service.ask(config, "/status", found)
+
+    if args.watch is not None:
+        return await watch(ask, args.watch, as_json=args.json)
+    document = await ask()
+    _answer(args, document, standing.show_status)
     # It tells that Redis is down, but can tell nothing without PostgreSQL.
     return 0 if document["postgres"]["connected"] else PostgresUnavailable.exit_code
 
@@ -303,7 +312,7 @@ async def stats(config: Config, args: Namespace) -> int:
         async with servers(config) as (database, _):
             return await overview.stats(database)
 
-    _answer(args, await service.ask(config, "/stats", found), show.show_stats)
+    _answer(args, await service.ask(config, "/stats", found), standing.show_stats)
     return 0
 
 
@@ -315,7 +324,7 @@ async def health(config: Config, args: Namespace) -> int:
             return await overview.health(config, database, source)
 
     document = await service.ask(config, "/health", found)
-    _answer(args, document, show.show_health)
+    _answer(args, document, standing.show_health)
     return 1 if document["status"] == "unhealthy" else 0
 
 
@@ -333,7 +342,7 @@ async def check(config: Config, args: Namespace) -> int:
         async for finding in checks.check(config, database, source):
             found.append(finding)
             if not args.json:
-                show.show_finding(finding.level, finding.topic, finding.text)
+                standing.show_finding(finding.level, finding.topic, finding.text)
     levels = Counter(finding.level for finding in found)
     if args.json:
         show.as_json([asdict(finding) for finding in found])

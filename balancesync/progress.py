@@ -13,6 +13,7 @@ from rich.progress import (
     ProgressColumn,
     Task,
     TaskID,
+    TaskProgressColumn,
     TextColumn,
     TimeRemainingColumn,
 )
@@ -24,7 +25,10 @@ from balancesync.part import Progress
 Follow = Callable[[Progress], None]
 
 _EVERY_S: Final = 5.0
-_WORDS: Final = {
+# Where names, numbers and rate would leave no room for the bar.
+_NARROW: Final = 70
+_PERCENT: Final = "{task.percentage:>3.0f} %"
+WORDS: Final = {
     "scan": "reading",
     "compare": "comparing",
     "apply": "writing",
@@ -47,15 +51,16 @@ def follow(*, terminal: bool) -> Iterator[Follow]:
     if not terminal:
         yield _follow_in_log()
         return
-    bars = Bars(
+    console = Console(stderr=True, markup=False, highlight=False, emoji=False)
+    columns: list[ProgressColumn] = [
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=None),
-        MofNCompleteColumn(),
-        _Rate(),
-        TimeRemainingColumn(compact=True),
-        console=Console(stderr=True, markup=False, highlight=False, emoji=False),
-        transient=True,
-    )
+    ]
+    if console.width < _NARROW:
+        columns += [TaskProgressColumn(_PERCENT, markup=False), TimeRemainingColumn(compact=True)]
+    else:
+        columns += [MofNCompleteColumn(), _Rate(), TimeRemainingColumn(compact=True)]
+    bars = Bars(*columns, console=console, transient=True)
     tasks: dict[str, TaskID] = {}
 
     def show(progress: Progress) -> None:
@@ -103,4 +108,4 @@ def _follow_in_log() -> Follow:
 
 
 def _name(progress: Progress) -> str:
-    return f"{_WORDS.get(progress.phase, progress.phase)} {progress.mapping}".strip()
+    return f"{WORDS.get(progress.phase, progress.phase)} {progress.mapping}".strip()

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 from decimal import Decimal
+from itertools import compress
 from typing import Any, Final, Literal
 
 from rich.console import Console
@@ -34,7 +35,7 @@ _COUNTS: Final = {
     "deleted": False,
     "kept": False,
 }
-_STYLES: Final = {
+STYLES: Final = {
     "succeeded": "green",
     "healthy": "green",
     "ok": "green",
@@ -54,11 +55,20 @@ _PIPE_WIDTH: Final = 10_000
 
 
 class Grid:
-    """Rows under columns; where they don't fit a terminal, a block of `column: cell` for each."""
+    """Rows under columns. Where they don't fit a terminal, the `spare` columns are left out, as few
+    as will do and in this order; if that isn't enough, each row is a block of `column: cell`.
+    """
 
-    def __init__(self, *columns: str, right: Iterable[str] = (), titled: bool = True) -> None:
+    def __init__(
+        self,
+        *columns: str,
+        right: Iterable[str] = (),
+        titled: bool = True,
+        spare: Sequence[str] = (),
+    ) -> None:
         self._columns = columns
         self._right = set(right)
+        self._spare = spare
         self._titled = titled
         self._rows: list[tuple[str | Text, ...]] = []
 
@@ -68,11 +78,14 @@ class Grid:
 
     def fitted(self, console: Console) -> list[Table | str]:
         """What to print."""
-        wide = self._make_table()
         boundless = console.options.update_width(_PIPE_WIDTH)
-        fits = console.measure(wide, options=boundless).maximum <= console.width
-        if fits or not self._titled:
-            return [wide]
+        for number in range(len(self._spare) + 1):
+            left_out = self._spare[:number]
+            made = self._make_table(left_out)
+            fits = console.measure(made, options=boundless).maximum <= console.width
+            if fits or not self._titled:
+                note = f"left out here, but in a pipe and in --json: {', '.join(left_out)}"
+                return [made, note] if left_out else [made]
         blocks: list[Table | str] = []
         for row in self._rows:
             block = Table(box=None, pad_edge=False, show_header=False)
@@ -83,7 +96,7 @@ class Grid:
             blocks += [block, ""]
         return blocks[:-1]
 
-    def _make_table(self) -> Table:
+    def _make_table(self, left_out: Sequence[str]) -> Table:
         made = Table(
             box=None,
             pad_edge=False,
@@ -91,22 +104,33 @@ class Grid:
             header_style="bold",
             show_header=self._titled,
         )
-        for column in self._columns:
+        kept = [column not in left_out for column in self._columns]
+        for column in compress(self._columns, kept):
             justify: Literal["left", "right"] = "right" if column in self._right else "left"
             made.add_column(column, justify=justify, overflow="fold")
         for row in self._rows:
-            made.add_row(*row)
+            made.add_row(*compress(row, kept))
         return made
 
 
-def write(*lines: str | Text | Grid) -> None:
-    """Write to stdout, one line or grid after the other.
+Line = str | Text | Grid
 
-    Quiet once the reader has gone, as in `balancesync runs | head`: the exit code stays what the
-    command has earned. https://docs.python.org/3/library/signal.html#note-on-sigpipe
+
+def write(*lines: Line, whole: bool = False) -> bool:
+    """Write to stdout, one line or grid after the other; tell whether anybody reads it.
+
+    A terminal's lines are folded between words, unless they are to be left `whole`. Quiet once the
+    reader has gone, as in `balancesync runs | head`: the exit code stays what the command has
+    earned. https://docs.python.org/3/library/signal.html#note-on-sigpipe
     """
-    width = None if sys.stdout.isatty() else _PIPE_WIDTH
-    console = Console(markup=False, highlight=False, emoji=False, width=width, soft_wrap=True)
+    person = sys.stdout.isatty()
+    console = Console(
+        markup=False,
+        highlight=False,
+        emoji=False,
+        width=None if person else _PIPE_WIDTH,
+        soft_wrap=whole or not person,
+    )
     with console.capture() as captured:
         for line in lines:
             for piece in line.fitted(console) if isinstance(line, Grid) else [line]:
@@ -119,16 +143,18 @@ def write(*lines: str | Text | Grid) -> None:
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return False
+    return True
 
 
 def as_json(document: Document | Sequence[Document]) -> None:
     """Write a document to stdout; a list is one document, too."""
-    write(json.dumps(document, indent=2))
+    write(json.dumps(document, indent=2), whole=True)
 
 
 def status_text(status: str) -> Text:
     """A status in its colour."""
-    return Text(status, _STYLES.get(status, ""))
+    return Text(status, STYLES.get(status, ""))
 
 
 def ago(seconds: float) -> str:
@@ -238,6 +264,7 @@ def show_runs(runs: Sequence[Document]) -> None:
     made = Grid(
         *("started (UTC)", "job", "trigger", "mode", "status", "took", *names, "id"),
         right=("took", *names),
+        spare=("id", "trigger", "deleted", "inserted", "updated", "scanned", "took", "rejected"),
     )
     for run in runs:
         took = run["duration_s"]
@@ -293,81 +320,3 @@ def show_rejects(rejects: Sequence[Document], limit: int) -> None:
     write(made)
     if len(rejects) == limit:
         write(f"at most {limit:,} are shown; --limit shows more")
-
-
-# --- how things stand -----------------------------------------------------------------------------
-
-
-def show_status(status: Document) -> None:
-    """What runs, what ran, what the guard refuses, both servers."""
-    made = Grid("", "", titled=False)
-    for name in ("redis", "postgres"):
-        made.add_row(name, _server_text(status[name]))
-    if status["state"] is not None:
-        success = Text("none yet", "yellow")
-        if status["last_success_at"]:
-            age = ago(status["last_success_age_s"])
-            success = Text(f"{age} ago, at {moment(status['last_success_at'])} UTC")
-        made.add_row("last success", success)
-        made.add_row("last run", _run_text(status["last_run"]))
-        if status["current_run"]:
-            made.add_row("running now", _run_text(status["current_run"]))
-    write(made)
-    for refusal in status["refusal"] or ():
-        since = moment(refusal["refused_at"])
-        text = f'the guard refuses mapping "{refusal["mapping"]}" since {since} UTC: '
-        way = (
-            ". `balancesync restore`, or `balancesync sync --accept-loss` if it is as it should be"
-        )
-        write(Text(printable(f"{text}{refusal['reason']}{way}"), _STYLES["refused"]))
-
-
-def _server_text(server: Document) -> Text:
-    if server["connected"]:
-        return Text(f"{server['version']}, answers in {server['latency_ms']:.1f} ms")
-    return Text(printable(server["error"] or "doesn't answer"), "red")
-
-
-def _run_text(run: Document | None) -> Text:
-    if run is None:
-        return Text("none yet", "yellow")
-    took = "" if run["duration_s"] is None else f" in {ago(run['duration_s'])}"
-    begun = f"{run['job']} ({run['trigger']}) at {moment(run['started_at'])} UTC, "
-    return Text.assemble(begun, status_text(run["status"]), f"{took}, {run['id']}")
-
-
-def show_stats(stats: Document) -> None:
-    """Totals, durations and rejects."""
-    made = Grid("job", "mode", "status", "runs", "in all", right=("runs", "in all"))
-    for row in stats["totals"]:
-        state = status_text(row["status"])
-        made.add_row(row["job"], row["mode"], state, f"{row['runs']:,}", ago(row["seconds"]))
-    write(made if stats["totals"] else "nothing has run yet")
-    last = ", ".join(f"{count} {status}" for status, count in stats["last_runs"].items())
-    if last:
-        write(f"the last {sum(stats['last_runs'].values())} runs: {last}")
-    durations = stats["durations"]
-    if durations["p50_s"] is not None:
-        halves = f"{ago(durations['p50_s'])} at the median, {ago(durations['p95_s'])} at 95 %"
-        write(f"the last 100 successful syncs took {halves}")
-    if stats["last_success_age_s"] is not None:
-        write(f"the last success was {ago(stats['last_success_age_s'])} ago")
-    for mapping, reasons in stats["rejects"].items():
-        each = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items())
-        write(f"open rejects of {mapping}: {each}")
-
-
-def show_health(health: Document) -> None:
-    """All is well, or what isn't."""
-    write(status_text(health["status"]))
-    made = Grid("", "", "", titled=False)
-    for name, check in health["checks"].items():
-        made.add_row(name, status_text(check["status"]), printable(check["detail"]))
-    write(made)
-
-
-def show_finding(level: str, topic: str, text: str) -> None:
-    """One finding of `check`, at once: the next may take a while."""
-    write(
-        Text.assemble((f"{level:<11} ", _STYLES.get(level, "red")), printable(f"{topic}: {text}"))
-    )

@@ -22,13 +22,20 @@ _SHORTEST_SECRET: Final = 4
 _EXCEPTION: Final = "exception"
 
 
-def configure(log: LogConfig, secrets: tuple[str, ...] = (), *, stream_is_tty: bool) -> None:
+def configure(
+    log: LogConfig,
+    secrets: tuple[str, ...] = (),
+    *,
+    stream_is_tty: bool,
+    untold: frozenset[str] = frozenset(),
+) -> None:
     """Set up all logging of this process; may be called again.
 
     Args:
         log: level and format; `auto` is for people if `stream_is_tty`.
         secrets: what must never be written, see `secrets_of`.
         stream_is_tty: whether stderr, where the logs go, is a terminal.
+        untold: events that are left out, for whoever reads the log is told of them otherwise.
     """
     console = log.format == "console" or (log.format == "auto" and stream_is_tty)
     level = logging.getLevelNamesMapping()[log.level.upper()]
@@ -37,6 +44,7 @@ def configure(log: LogConfig, secrets: tuple[str, ...] = (), *, stream_is_tty: b
         render = [_escape, structlog.dev.ConsoleRenderer(colors=stream_is_tty, pad_event_to=0)]
     structlog.configure(
         processors=[
+            _dropper(untold),
             structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
@@ -90,6 +98,15 @@ def printable(text: str) -> str:
     return "".join(
         char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
     )
+
+
+def _dropper(untold: frozenset[str]) -> Processor:
+    def process(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+        if event["event"] in untold:
+            raise structlog.DropEvent
+        return event
+
+    return process
 
 
 def _hider(secrets: tuple[str, ...]) -> Processor:

@@ -35,12 +35,12 @@ def grid() -> show.Grid:
     return made
 
 
-def lines(width: int) -> list[str]:
+def lines(width: int, shown: show.Grid | None = None) -> list[str]:
     """The grid on a console of this width, without the blanks at the ends of its lines."""
     console = Console(width=width, file=io.StringIO())
     with console.capture() as captured:
-        for piece in grid().fitted(console):
-            console.print(piece)
+        for piece in (shown or grid()).fitted(console):
+            console.print(piece, soft_wrap=True)
     return [line.rstrip() for line in captured.get().splitlines()]
 
 
@@ -60,6 +60,22 @@ def test_a_grid_that_does_not_fit_is_a_block_for_each_row() -> None:
         "name    other",
         "amount  2",
     ]
+
+
+def test_the_columns_that_are_least_needed_go_first() -> None:
+    made = show.Grid("what", "much", "id", right=["much"], spare=["id", "much"])
+    made.add_row("a thing", "1,000", "0" * 20)
+    assert lines(40, made)[0].split() == ["what", "much", "id"]
+    assert lines(20, made) == [
+        "what      much",
+        "a thing  1,000",
+        "left out here, but in a pipe and in --json: id",
+    ]
+    assert lines(10, made)[1:] == [
+        "a thing",
+        "left out here, but in a pipe and in --json: id, much",
+    ]
+    assert len(lines(5, made)) > 3
 
 
 def test_a_pipe_gets_whole_lines(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,231 @@
+"""What people see: in place on a terminal, narrow or without colour, and whole lines in a pipe."""
+
+import asyncio
+import fcntl
+import json
+import os
+import pty
+import re
+import signal
+import struct
+import sys
+import termios
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from redis.asyncio import Redis
+
+from balancesync import standing
+
+_ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+_COLOUR = re.compile(r"\x1b\[(?:[0-9]+;)*[34][0-9]")
+UP = "\x1b[1A"
+SOON_S = 30
+
+
+@pytest.fixture
+async def config(tmp_path: Path, postgres_dsn: str, redis_url: str, redis: Redis) -> Path:
+    """A configuration on the test's servers, with balances of which two are rejects."""
+    await redis.mset({f"balance:{n}": "1.5" for n in range(1, 300)})
+    await redis.mset({"balance:007": "1", "balance:8": "1.505"})
+    file = tmp_path / "config.toml"
+    file.write_text(
+        f'[redis]\nurl = "{redis_url}"\n[postgres]\ndsn = "{postgres_dsn}"\n[http]\nport = 1\n'
+    )
+    return file
+
+
+class Terminal:
+    """A pseudo terminal with a process on it; `seen` is all that it was sent."""
+
+    def __init__(self, ours: int) -> None:
+        self.seen = ""
+        self._ours = ours
+        self._changed = asyncio.Event()
+        asyncio.get_running_loop().add_reader(ours, self._read)
+
+    def _read(self) -> None:
+        # Linux says EIO, not end of file, when the other side has gone.
+        try:
+            piece = os.read(self._ours, 65_536).decode()
+        except OSError:
+            piece = ""
+        self.seen += piece
+        self._changed.set()
+        if not piece:
+            self.close()
+
+    def close(self) -> None:
+        """Read no more."""
+        asyncio.get_running_loop().remove_reader(self._ours)
+
+    async def until(self, text: str, times: int = 1) -> None:
+        """Wait until it was sent a text so many times."""
+        async with asyncio.timeout(SOON_S):
+            while self.seen.count(text) < times:
+                self._changed.clear()
+                await self._changed.wait()
+
+    @property
+    def lines(self) -> list[str]:
+        """What it was sent, without escapes and blank lines."""
+        plain = _ESCAPES.sub("", self.seen)
+        return [line.rstrip() for line in re.split("[\r\n]+", plain) if line.strip()]
+
+
+@asynccontextmanager
+async def on_terminal(
+    config: Path, *arguments: str, columns: int = 100, **environ: str
+) -> AsyncIterator[tuple[Terminal, asyncio.subprocess.Process]]:
+    """Run a command on a terminal of so many columns."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+    clean = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR")
+    }
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "balancesync", *arguments, "--config", str(config)),
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env=clean | {"TERM": "xterm-256color"} | environ,
+    )
+    os.close(theirs)
+    terminal = Terminal(ours)
+    try:
+        yield terminal, process
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+        terminal.close()
+        os.close(ours)
+
+
+async def seen_on_terminal(config: Path, *arguments: str, **how: Any) -> tuple[int, Terminal]:
+    """Run a command to its end."""
+    async with on_terminal(config, *arguments, **how) as (terminal, process):
+        async with asyncio.timeout(SOON_S):
+            code = await process.wait()
+        await asyncio.sleep(0)
+        terminal._read()
+        return code, terminal
+
+
+async def piped(config: Path, *arguments: str) -> asyncio.subprocess.Process:
+    """Run a command into a pipe."""
+    return await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "balancesync", *arguments, "--config", str(config)),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.DEVNULL,
+    )
+
+
+async def test_watch_draws_in_place_until_ctrl_c(config: Path) -> None:
+    assert (await (await piped(config, "sync")).wait()) == 0
+    async with on_terminal(config, "status", "--watch", "0.1") as (terminal, process):
+        await terminal.until("Ctrl-C ends this", 3)
+        process.send_signal(signal.SIGINT)
+        async with asyncio.timeout(SOON_S):
+            assert await process.wait() == 0
+    assert UP in terminal.seen
+    assert "in PostgreSQL, but for 2 rejects" in terminal.seen
+    assert "interrupted" not in terminal.seen
+    # It shows the cursor again.
+    assert terminal.seen.rindex("\x1b[?25h") > terminal.seen.rindex(UP)
+
+
+async def test_watch_into_a_pipe_is_a_block_each_time_until_nobody_reads(config: Path) -> None:
+    assert (await (await piped(config, "sync")).wait()) == 0
+    command = f"{sys.executable} -m balancesync status --watch 0.1 --config {config}"
+    script = f"{command} | grep --line-buffered -A 1 Z: | head -8"
+    process = await asyncio.create_subprocess_shell(script, stdout=asyncio.subprocess.PIPE)
+    async with asyncio.timeout(SOON_S):
+        out, _ = await process.communicate()
+    lines = out.decode().splitlines()
+    assert len(lines) == 8
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ:", each) for each in lines[::3])
+    assert all(each.startswith("safe: everything up to ") for each in lines[1::3])
+
+
+async def test_watch_as_json_is_a_document_a_line(config: Path) -> None:
+    assert (await (await piped(config, "sync")).wait()) == 0
+    process = await piped(config, "status", "--watch", "0.1", "--json")
+    assert process.stdout is not None
+    async with asyncio.timeout(SOON_S):
+        found = [json.loads(await process.stdout.readline()) for _ in range(2)]
+        process.send_signal(signal.SIGTERM)
+        assert await process.wait() == 0
+    assert [each["last_run"]["status"] for each in found] == ["succeeded"] * 2
+    assert found[0]["at"] <= found[1]["at"]
+
+
+async def test_forty_columns_are_enough(config: Path) -> None:
+    slow = {"BALANCESYNC_REDIS__MAX_KEYS_PER_SECOND": "300", "BALANCESYNC_REDIS__SCAN_COUNT": "50"}
+    code, terminal = await seen_on_terminal(config, "sync", columns=40, **slow)
+    assert code == 0
+    assert "reading balances" in terminal.seen
+    assert "…" not in terminal.seen
+    # The log of rejects is folded by the terminal itself.
+    result = next(n for n, line in enumerate(terminal.lines) if line.startswith("sync succeeded"))
+    shown = terminal.lines[result:]
+    for command in ("status", "runs"):
+        shown += (await seen_on_terminal(config, command, columns=40))[1].lines
+    assert "balances" in " ".join(shown)
+    assert [line for line in shown if len(line) > 40] == []
+
+
+async def test_no_color_means_no_colour(config: Path) -> None:
+    for more, coloured in (({}, True), ({"NO_COLOR": "1"}, False)):
+        code, terminal = await seen_on_terminal(config, "check", **more)
+        assert code == 0
+        assert bool(_COLOUR.search(terminal.seen)) == coloured
+
+
+UP_SERVER = {"connected": True, "version": "9", "latency_ms": 0.1, "error": None}
+DOWN = {"connected": False, "version": None, "latency_ms": None, "error": "refused"}
+RUN = {"job": "sync", "trigger": "cli", "mode": "apply", "status": "succeeded", "error": None}
+GOOD: dict[str, Any] = {
+    "state": "idle",
+    "redis": UP_SERVER,
+    "postgres": UP_SERVER,
+    "safe_until": "2026-01-31T02:00:00.000Z",
+    "last_success_at": "2026-01-31T02:00:01.000Z",
+    "last_success_age_s": 60.0,
+    "last_run": RUN | {"id": "0", "started_at": "2026-01-31T02:00:00.000Z", "duration_s": 1.0},
+    "current_run": None,
+    "refusal": None,
+    "rejects": {},
+}
+REFUSAL = [{"mapping": "m", "reason": "no key", "refused_at": None}]
+OVERDUE = {"checks": {"last_success": {"status": "failed", "detail": ""}}}
+UNTIL = "everything up to 2026-01-31 02:00:00 UTC is in PostgreSQL"
+
+
+@pytest.mark.parametrize(
+    ("otherwise", "said"),
+    [
+        ({}, f"safe: {UNTIL}"),
+        ({"rejects": {"m": {"residue": 1}}}, f"safe: {UNTIL}, but for 1 reject"),
+        ({"rejects": {"m": {"residue": 1, "x": 2}}}, f"safe: {UNTIL}, but for 3 rejects"),
+        ({"redis": DOWN}, f"Redis doesn't answer; {UNTIL}"),
+        ({"postgres": DOWN}, f"PostgreSQL doesn't answer; {UNTIL}, the rest is in Redis alone"),
+        ({"postgres": DOWN, "safe_until": None}, "PostgreSQL doesn't answer"),
+        ({"refusal": REFUSAL}, f"stopped by the guard: {UNTIL}, and stays as it is"),
+        ({"safe_until": None}, "nothing is in PostgreSQL yet: no sync has succeeded"),
+        (
+            {"health": OVERDUE},
+            "not safe: nothing newer than 2026-01-31 02:00:00 UTC is in PostgreSQL",
+        ),
+    ],
+)
+def test_the_first_line_says_whether_it_is_safe(
+    otherwise: dict[str, Any], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    standing.show_status(GOOD | otherwise)
+    assert capsys.readouterr().out.splitlines()[0] == said
