@@ -94,8 +94,10 @@ class Application:
             yield
             assert not task.done(), task.exception()
         finally:
-            task.cancel()
-            await asyncio.wait([task])
+            # A cancellation that meets a lost connection may end as that in redis-py.
+            while not task.done():
+                task.cancel()
+                await asyncio.wait([task], timeout=1)
 
     async def _serve(self) -> None:
         async with Redis.from_url(self._url) as client:
