@@ -25,7 +25,7 @@ from balancesync.model import RawBatch, RawValue, WrongType
 
 LONGEST_VALUE: Final = 65_536
 
-_REPLY_BYTES: Final = 2_000_000
+_REPLY_BYTES: Final = 100_000
 _FIRST_PIECE: Final = 4
 _GROWTH: Final = 4
 _AHEAD: Final = 4

@@ -650,6 +650,17 @@ async def test_reading_keys_by_name(source: Source, redis: Redis) -> None:
     assert await source.exists(BIG, [b"2", b"1"]) == [False, True]
 
 
+async def test_reading_by_name_remembers_how_large_the_values_are(
+    source: Source, redis: Redis
+) -> None:
+    keys = list(await fill(redis, 40))
+    await source.fetch(BALANCES, keys)
+    await redis.config_resetstat()
+    await source.fetch(BALANCES, keys)
+    # The first reading had to find out, from a few keys on.
+    assert (await redis.info("commandstats"))["cmdstat_mget"]["calls"] == 1
+
+
 async def test_a_sample_is_bounded_and_knows_lifetimes(source: Source, redis: Redis) -> None:
     expected = await fill(redis, 2_000)
     for key in expected:
