@@ -257,6 +257,8 @@ class Flusher:
         counts = await self._apply(session, part, stamp, opened.run)
         # Those of the whole table would be counted anew each time.
         counts.absent = counts.deleted
-        await self._records.merge_rejects(connection, opened.run, stamp.at, [mapping.name], None)
+        names = [mapping.name]
+        async with session.transaction():
+            await self._records.merge_rejects(connection, opened.run, stamp.at, names, None)
         await session.plan_by_index()
         return counts

@@ -178,8 +178,11 @@ class Records:
         """Keep what this session staged as rejects; those that are no more are healed.
 
         Healed are those of the mappings `scanned`, and those of none of the `configured` ones, None
-        for all. What is kept already is left alone.
+        for all. What is kept already is left alone. To be called in a transaction.
         """
+        # With a table that it believes to be empty, the planner would merge by the mapping alone:
+        # a million rejects would each be held against each.
+        await connection.execute("SET LOCAL enable_mergejoin = off")
         # However many they are: whoever calls this watches over it.
         await connection.execute(self._sql["merge_rejects"], at, run.id, timeout=NO_LIMIT)
         await connection.execute(

@@ -17,7 +17,7 @@ from typing import Final
 
 from balancesync import __version__
 from balancesync.errors import BalanceSyncError
-from benchmarks import around, back, cases, daemon, shapes
+from benchmarks import around, back, cases, daemon, past, shapes
 from benchmarks.servers import Bench, Broken, bench
 from benchmarks.table import Row, render
 
@@ -34,6 +34,7 @@ CASES: Final[dict[str, Callable[[Bench], Awaitable[list[Row]]]]] = {
     "big": shapes.big,
     "users": shapes.users,
     "restore": back.restore,
+    "history": past.history,
     "memory": around.memory,
     "http": daemon.http,
     "reads": daemon.reads,

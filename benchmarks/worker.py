@@ -17,7 +17,14 @@ import uvloop
 from pydantic import SecretStr
 
 from balancesync import telemetry
-from balancesync.config import Config, LogConfig, MappingConfig, PostgresConfig, RedisConfig
+from balancesync.config import (
+    Config,
+    HistoryConfig,
+    LogConfig,
+    MappingConfig,
+    PostgresConfig,
+    RedisConfig,
+)
 from balancesync.database import Database
 from balancesync.errors import BalanceSyncError
 from balancesync.model import Job, Request
@@ -40,8 +47,9 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def _config(url: str, dsn: str, mapping: dict[str, Any]) -> Config:
+def _config(url: str, dsn: str, mapping: dict[str, Any], *, history: bool = False) -> Config:
     return Config(
+        history=HistoryConfig(enabled=history),
         redis=RedisConfig(url=SecretStr(url)),
         postgres=PostgresConfig(dsn=SecretStr(dsn)),
         mapping=(MappingConfig(**mapping),),
@@ -78,9 +86,11 @@ async def _run(config: Config, job: Job = "sync") -> dict[str, Any]:
     }
 
 
-async def sync(url: str, dsn: str, mapping: dict[str, Any]) -> dict[str, Any]:
+async def sync(
+    url: str, dsn: str, mapping: dict[str, Any], history: bool = False
+) -> dict[str, Any]:
     """One run."""
-    found = await _run(_config(url, dsn, mapping))
+    found = await _run(_config(url, dsn, mapping, history=history))
     return found | {"memory": peak_memory()}
 
 

@@ -1,6 +1,10 @@
 """Rejects as they're kept: merged, healed, counted; and what a table refuses by itself."""
 
+import asyncio
+import sys
+from asyncio.subprocess import PIPE
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import asyncpg
@@ -278,3 +282,44 @@ async def test_refused_rows_count_once_in_a_run_of_two_attempts(
     assert run.attempts == 2
     counts = run.counts
     assert (counts.scanned, counts.inserted, counts.rejected, counts.unchanged) == (20, 19, 1, 0)
+
+
+PEAK = """
+import pathlib, sys
+from balancesync import cli
+code = cli.main(["sync", "--config", sys.argv[1]])
+status = pathlib.Path("/proc/self/status").read_text()
+print("peak", next(line.split()[1] for line in status.splitlines() if "VmHWM" in line), code)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc for the peak of memory")
+async def test_many_rejects_fill_neither_memory_nor_log(
+    redis_url: str, postgres_dsn: str, redis: Redis, pg: asyncpg.Connection, tmp_path: Path
+) -> None:
+    """25,000 of a kilobyte: what is held of each would show as 25 MB and more."""
+    file = tmp_path / "config.toml"
+    file.write_text(
+        f'[redis]\nurl = "{redis_url}"\n[postgres]\ndsn = "{postgres_dsn}"\n'
+        "[guard]\nmax_rejects = 1.0\n"
+    )
+
+    async def sync() -> tuple[int, int]:
+        """Peak of memory in kilobytes, and the lines of the log."""
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-c", PEAK, str(file)), stdout=PIPE, stderr=PIPE
+        )
+        out, err = await process.communicate()
+        _, peak, code = out.decode().splitlines()[-1].split()
+        assert code == "0", err
+        return int(peak), len(err.splitlines())
+
+    await redis.mset({f"balance:{number}": "x" for number in range(1_000)})
+    few, _ = await sync()
+    for begin in range(0, 25_000, 1_000):
+        keys = range(begin, begin + 1_000)
+        await redis.mset({f"balance:{number}": "x" * 1_000 for number in keys})
+    many, lines = await sync()
+    assert await pg.fetchval("SELECT count(*) FROM balancesync.rejects") == 25_000
+    assert many - few < 15_000
+    assert lines < 120
