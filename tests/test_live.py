@@ -326,3 +326,28 @@ async def test_what_the_acl_forbids_is_said_once_and_the_schedule_goes_on(
         await daemon.log.next("live", state="up")
     finally:
         await redis.acl_deluser("plain")
+
+
+async def test_each_flush_keeps_its_changes(
+    start: Start, redis: Redis, pg: asyncpg.Connection
+) -> None:
+    await start(OWN, history={"enabled": True}, guard={"max_loss": 1.0})
+    for amount in ("2", "3"):
+        await redis.mset({"balance:1": amount, "balance:2": amount})
+        await until_balance(pg, 1, f"{amount}.00")
+    await redis.delete("balance:1")
+    await until_balance(pg, 1, None)
+    changes = await pg.fetch(
+        "SELECT at, op::text, old ->> 'balance' AS old, new ->> 'balance' AS new"
+        " FROM balancesync.changes WHERE key = '{1}' ORDER BY at"
+    )
+    assert [(row["op"], row["old"], row["new"]) for row in changes] == [
+        ("i", None, "1.50"),
+        ("u", "1.50", "2.00"),
+        ("u", "2.00", "3.00"),
+        ("d", "3.00", None),
+    ]
+    assert len({row["at"] for row in changes}) == 4
+    # What one flush wrote has one time, and it's the rows' own.
+    [other] = await pg.fetch("SELECT synced_at FROM balances WHERE user_id = 2")
+    assert other["synced_at"] == changes[2]["at"]
