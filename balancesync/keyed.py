@@ -40,8 +40,10 @@ class KeyedWriter(Writer):
         return found
 
     async def mark_history(self, history: History, stamp: Stamp) -> None:
-        """Once a session is enough: who asks for the past sees by itself what came in between."""
-        if not self._marked:
+        """Once a session is enough to go on: another's run without history ends it, until the next
+        run of all. A gap is marked each time: another's run may have begun a history in between.
+        """
+        if not self._marked or not history.enabled:
             await super().mark_history(history, stamp)
             self._marked = True
 

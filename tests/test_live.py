@@ -8,6 +8,7 @@ from typing import Any
 
 import asyncpg
 import pytest
+from engine import Engine
 from redis.asyncio import Redis
 from running import Inside, daemon_config
 
@@ -351,3 +352,17 @@ async def test_each_flush_keeps_its_changes(
     # What one flush wrote has one time, and it's the rows' own.
     [other] = await pg.fetch("SELECT synced_at FROM balances WHERE user_id = 2")
     assert other["synced_at"] == changes[2]["at"]
+
+
+async def test_live_mode_without_history_ends_one_that_another_has_begun(
+    start: Start, redis: Redis, pg: asyncpg.Connection, engine: Callable[..., Engine]
+) -> None:
+    await start()
+    await redis.set("balance:1", "2")
+    await until_balance(pg, 1, "2.00")
+    # The configuration has changed, and the daemon wasn't started again.
+    await engine(history={"enabled": True}).good()
+    assert await pg.fetchval("SELECT count(*) FROM balancesync.histories") == 1
+    await redis.set("balance:1", "3")
+    await until_balance(pg, 1, "3.00")
+    assert await pg.fetchval("SELECT count(*) FROM balancesync.histories") == 0
