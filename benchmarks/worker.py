@@ -6,140 +6,34 @@ python -m benchmarks.worker ACTION JSON; prints what it found as JSON.
 import asyncio
 import inspect
 import json
-import resource
 import sys
-from collections.abc import Callable, Coroutine
-from pathlib import Path
-from time import perf_counter, process_time
-from typing import Any
+from importlib import import_module
+from time import process_time
+from typing import Final
 
 import uvloop
-from pydantic import SecretStr
 
 from balancesync import telemetry
-from balancesync.config import (
-    Config,
-    HistoryConfig,
-    LogConfig,
-    MappingConfig,
-    PostgresConfig,
-    RedisConfig,
-)
-from balancesync.database import Database
+from balancesync.config import LogConfig
 from balancesync.errors import BalanceSyncError
-from balancesync.model import Job, Request
-from balancesync.part import Progress
-from balancesync.source import Source
-from balancesync.sync import Sync
-from benchmarks import client, reads, visitors, writes
 from benchmarks.servers import tell
 
-
-def peak_memory() -> int:
-    """The most bytes that this process had resident.
-
-    Of Linux's two counts the one that starts at exec: ru_maxrss begins with the parent's.
-    """
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def _config(url: str, dsn: str, mapping: dict[str, Any], *, history: bool = False) -> Config:
-    return Config(
-        history=HistoryConfig(enabled=history),
-        redis=RedisConfig(url=SecretStr(url)),
-        postgres=PostgresConfig(dsn=SecretStr(dsn)),
-        mapping=(MappingConfig(**mapping),),
-        log=LogConfig(level="error"),
-    )
-
-
-async def _run(config: Config, job: Job = "sync") -> dict[str, Any]:
-    """One run as `balancesync` does it; the moments are those of perf_counter."""
-    entered: dict[str, float] = {}
-
-    def on_progress(progress: Progress) -> None:
-        if progress.phase not in entered:
-            entered[progress.phase] = perf_counter()
-
-    database = Database(config.postgres)
-    async with Source(config.redis) as source:
-        work = Sync(config, database, source, on_progress)
-        begun = perf_counter()
-        run = await work.run(Request(job=job, trigger="cli", mode="apply"), wait_s=30)
-        ended = perf_counter()
-    await database.close()
-    if work.failure is not None:
-        raise work.failure
-    diffed, applied = entered.get("diff", ended), entered.get("apply", ended)
-    return {
-        "seconds": ended - begun,
-        "scan": diffed - begun,
-        "diff": applied - diffed,
-        "apply": ended - applied,
-        "read_from": begun,
-        "read_to": diffed,
-        "counts": run.counts.as_dict(),
-    }
-
-
-async def sync(
-    url: str, dsn: str, mapping: dict[str, Any], history: bool = False
-) -> dict[str, Any]:
-    """One run."""
-    found = await _run(_config(url, dsn, mapping, history=history))
-    return found | {"memory": peak_memory()}
-
-
-async def restore(url: str, dsn: str, mapping: dict[str, Any]) -> dict[str, Any]:
-    """One restore."""
-    found = await _run(_config(url, dsn, mapping), "restore")
-    return {name: found[name] for name in ("seconds", "counts")} | {"memory": peak_memory()}
-
-
-async def sync_for(url: str, dsn: str, mapping: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """Runs one after the other for so many seconds: when each was reading."""
-    config = _config(url, dsn, mapping)
-    until = perf_counter() + seconds
-    reading = []
-    while perf_counter() < until:
-        found = await _run(config)
-        reading.append((found["read_from"], found["read_to"]))
-    return {"reading": reading}
-
-
-ACTIONS: dict[str, Callable[..., Coroutine[Any, Any, Any]]] = {
-    "sync": sync,
-    "sync_for": sync_for,
-    "restore": restore,
-    "bare_read": reads.bare_read,
-    "source_read": reads.source_read,
-    "hmget": reads.hmget,
-    "raw_hmget": reads.raw_hmget,
-    "hscan": reads.hscan,
-    "copy": writes.copy,
-    "insert": writes.insert,
-    "update": writes.update,
-    "script": writes.script,
-    "sets": writes.sets,
-    "raw_sets": writes.raw_sets,
-    "orm": writes.orm,
-    "gets": client.gets,
-    "pace": visitors.pace,
-    "balances": visitors.balances,
-    "anything": visitors.anything,
-    "redis_reads": visitors.redis_reads,
-    "postgres_reads": visitors.postgres_reads,
+# By the module that has them; only that one is imported.
+ACTIONS: Final = {
+    "runs": ("sync", "sync_for", "restore"),
+    "reads": ("bare_read", "source_read", "hmget", "raw_hmget", "hscan"),
+    "writes": ("copy", "insert", "update", "script", "sets", "raw_sets", "orm"),
+    "client": ("gets",),
+    "visitors": ("pace", "balances", "anything", "redis_reads", "postgres_reads"),
 }
 
 
 def main() -> None:
     """Do the action that the command line names."""
     telemetry.configure(LogConfig(level="error"), stream_is_tty=False)
-    action, parameters = ACTIONS[sys.argv[1]], json.loads(sys.argv[2])
+    name, parameters = sys.argv[1], json.loads(sys.argv[2])
+    module = next(module for module, names in ACTIONS.items() if name in names)
+    action = getattr(import_module(f"benchmarks.{module}"), name)
     taken = inspect.signature(action).parameters
     given = {name: value for name, value in parameters.items() if name in taken}
     begun = process_time()
@@ -147,7 +41,7 @@ def main() -> None:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             found = runner.run(action(**given))
     except BalanceSyncError as error:
-        sys.exit(f"{sys.argv[1]}: {error}")
+        sys.exit(f"{name}: {error}")
     tell(found | {"client": process_time() - begun})
 
 
