@@ -51,9 +51,12 @@ _ANSWERS: Final[dict[str, tuple[type[BalanceSyncError], str]]] = {
 }
 _TOO_MANY: Final = "ERR max number of clients"
 
-# User bob has no permissions to run the 'client|info' command; in a script's error it's the
-# script's own command. https://github.com/redis/redis/blob/7.0/src/acl.c, `getAclErrorMessage`
+# "User bob has no permissions to run the 'client|info' command"; of a script, Redis says NOPERM and
+# Valkey ERR, and then what its own command lacks.
+# https://github.com/redis/redis/blob/7.0/src/acl.c, `getAclErrorMessage`
+_IN_SCRIPT: Final = ("ACL failure in script", "The user executing the script can't")
 _FORBIDDEN: Final = re.compile(r"'([\w|-]+)' command")
+_OF_KEYS: Final = re.compile(r" access .*\bkeys?\b")
 _WRITES: Final = ("SET", "EVAL", "HSETNX")
 
 
@@ -70,7 +73,7 @@ def explain(text: str, command: bytes, address: Address, access: Access) -> Bala
     if text.startswith(_TOO_MANY):
         return RedisUnavailable(f"Redis at {address} has reached its maximum number of clients")
     name = command.decode("ascii", "replace").upper()
-    if code == "NOPERM":
+    if code == "NOPERM" or any(sign in text for sign in _IN_SCRIPT):
         what = _missing(text, name)
         return RightMissing(
             f"Redis at {address} doesn't let this user {what}, see docs/security.md"
@@ -89,9 +92,11 @@ def _missing(text: str, name: str) -> str:
     forbidden = _FORBIDDEN.search(text)
     if forbidden:
         name = forbidden[1].upper()
-    elif "key" in text.partition(" to access ")[2]:  # the user's name comes before these words
+    elif _OF_KEYS.search(text):
         verb = "write" if name in _WRITES else "read"
         return f"{verb} the mapping's keys; ACL SETUSER ... ~PATTERN"
+    elif any(sign in text for sign in _IN_SCRIPT):
+        return "run a command that its script calls, and doesn't say which"
     return f"run {name.replace('|', ' ')}; ACL SETUSER ... +{name.lower()}"
 
 

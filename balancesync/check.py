@@ -63,7 +63,7 @@ async def check(config: Config, database: Database, source: Source) -> AsyncIter
         try:
             async for finding in _check_postgres(config, database, connection):
                 yield finding
-            async for finding in _check_tables(config, connection, found):
+            async for finding in _check_tables(config, database, connection, found):
                 yield finding
         except BalanceSyncError as error:
             yield _failure("postgres", error)
@@ -234,15 +234,20 @@ async def _check_schema(
 
 
 async def _check_tables(
-    config: Config, connection: Connection, found: dict[str, Table]
+    config: Config, database: Database, connection: Connection, found: dict[str, Table]
 ) -> AsyncIterator[Finding]:
     for mapping in config.mapping:
         try:
-            table = await tables.inspect(connection, mapping)
+            with database.translated(last=True):
+                table = await tables.inspect(connection, mapping)
             if table.exists:
                 found[mapping.name] = table
                 text = f"the table {mapping.table} fits, and this role may write it"
                 yield Finding("ok", mapping.name, text)
+                if mapping.synced_at and not table.columns[mapping.synced_at].may_select:
+                    text = f"this role lacks SELECT ({mapping.synced_at}) on {mapping.table}"
+                    why = "which restore, prune and /balances need; see docs/security.md"
+                    yield Finding("warning", mapping.name, f"{text}, {why}")
                 for finding in await _judge_triggers(connection, mapping, table):
                     yield finding
             else:

@@ -66,6 +66,7 @@ async def inspect(connection: Connection, mapping: MappingConfig) -> Table:
     name = quote(*mapping.table_name)
     relation = await connection.fetchrow(_SQL["relation"], name)
     if relation is None:
+        await _refuse_hidden(connection, mapping)
         if mapping.mode == "update":
             raise TargetMismatch(
                 f'mapping "{mapping.name}": the table {mapping.table} does not exist, and mode ='
@@ -97,6 +98,20 @@ async def inspect(connection: Connection, mapping: MappingConfig) -> Table:
         )
     _check_rights(table, mapping, may_delete=relation["may_delete"])
     return table
+
+
+async def _refuse_hidden(connection: Connection, mapping: MappingConfig) -> None:
+    """Raise RightMissing if the search path passes over a schema with this table, unseen.
+
+    Another one, made where this role may, would then take its place in silence.
+    """
+    schema, name = mapping.table_name
+    hidden = None if schema else await connection.fetchval(_SQL["hidden"], name)
+    if hidden is not None:
+        raise RightMissing(
+            f'mapping "{mapping.name}": this role may not use the schema {hidden}, which the table'
+            f" {mapping.table} is in; GRANT USAGE ON SCHEMA {quote(hidden)}, see docs/security.md"
+        )
 
 
 def _column_misfits(table: Table, mapping: MappingConfig) -> list[str]:

@@ -486,6 +486,9 @@ async def test_the_documented_rights_are_enough(redis_url: str, redis: Redis) ->
         ("NOPERM this user has no permissions to run the 'mget' command or its sub", r"\+mget"),
         ("NOPERM No permissions to access a key", "~PATTERN"),
         ("NOPERM this user has no permissions to access one of the keys used as", "~PATTERN"),
+        ("NOPERM User bob has no permissions to access the 'balance:1' key", "~PATTERN"),
+        ("NOPERM The user executing the script can't run this command or subcommand", "script"),
+        ("ERR ACL failure in script: User b has no permissions to run the 'set' command", r"\+set"),
     ],
 )
 async def test_the_right_that_is_missing_is_named(redis_url: str, said: str, right: str) -> None:

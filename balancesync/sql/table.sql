@@ -8,6 +8,12 @@ SELECT c.oid::bigint AS oid, n.nspname AS schema, c.relname AS name, c.relkind::
 FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
 WHERE c.oid = to_regclass($1);
 
+-- name: hidden
+SELECT n.nspname FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
+WHERE c.relname = $1 AND NOT has_schema_privilege(n.oid, 'USAGE')
+    AND n.nspname = ANY (regexp_split_to_array(translate(current_setting('search_path'), '"', ''), ', *'))
+LIMIT 1;
+
 -- name: columns
 SELECT a.attname AS name, format_type(a.atttypid, a.atttypmod) AS type, a.attnotnull AS not_null,
        a.atthasdef OR a.attidentity <> '' AS filled, a.attgenerated <> '' OR a.attidentity = 'a' AS generated,
