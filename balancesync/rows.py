@@ -99,7 +99,7 @@ class Rows:
             if fetched:
                 columns = list(zip(*rows, strict=True))
                 page = Page(columns[: self._key_count], columns[self._key_count :])
-                size = sum(len(each) for column in columns for each in column if each)
+                size = sum(sum(map(len, filter(None, column))) for column in columns)
                 fitting = max(1, _PAGE_BYTES * fetched // (size + 1))
                 count = min(_PAGE_ROWS, count * _GROWTH, fitting)
                 yield page

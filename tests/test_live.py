@@ -14,7 +14,7 @@ from running import Inside, daemon_config
 
 from balancesync import leadership, live, probing, tracking
 from balancesync.database import lock_key
-from balancesync.model import Request
+from balancesync.model import Job, Request, Run
 from balancesync.sync import Sync
 
 KEYS = 20
@@ -366,3 +366,30 @@ async def test_live_mode_without_history_ends_one_that_another_has_begun(
     await redis.set("balance:1", "3")
     await until_balance(pg, 1, "3.00")
     assert await pg.fetchval("SELECT count(*) FROM balancesync.histories") == 0
+
+
+async def test_a_restore_and_a_prune_leave_the_rows_alone(
+    start: Start, redis: Redis, pg: asyncpg.Connection, engine: Callable[..., Engine]
+) -> None:
+    daemon = await start()
+    before = await pg.fetch("SELECT *, xmin FROM balances ORDER BY user_id")
+    await redis.flushall()
+    await daemon.log.next("live", state="catching up")
+    await daemon.finished(status="refused")
+    made = engine(prune={"enabled": True})
+
+    async def run(job: Job) -> Run:
+        work = Sync(made.config, made.database, made.source)
+        return await work.run(Request(job, "cli"), wait_s=20)
+
+    restored = await run("restore")
+    assert (restored.status, restored.counts.inserted) == ("succeeded", KEYS)
+    await daemon.log.next("live", state="up")
+    pruned = await run("prune")
+    assert (pruned.status, pruned.counts.deleted) == ("succeeded", KEYS)
+    await redis.set("balance:0", "7")
+    await until(lambda: rows(pg), {**dict.fromkeys(range(1, KEYS), Decimal("1.50")), 0: Decimal(7)})
+    # Not one of the keys that went was taken for a loss.
+    assert (await daemon.api.document("/status"))["live"] == "up"
+    after = await pg.fetch("SELECT *, xmin FROM balances ORDER BY user_id")
+    assert after[1:] == before[1:]

@@ -584,3 +584,42 @@ async def test_an_acl_without_the_right_to_write_is_named(
     made = Engine(make_config(postgres_dsn, url))
     await made_failed(made, RightMissing, "doesn't let this user run SET; ACL SETUSER ... +set")
     await made.close()
+
+
+READS = (
+    "+select +scan +mget +type +exists +pttl +ping +info +dbsize +client|info +client|setname"
+    " +hmget +hscan +hexists"
+)
+
+
+@pytest.mark.parametrize("shape", ["string", "hash", "member"])
+async def test_the_rights_that_the_docs_name_are_enough(
+    engine: Make, private_redis: Callable[..., RedisServer], pg: asyncpg.Connection, shape: str
+) -> None:
+    mapping, key, rights, more = {
+        "string": ({}, "balance:1", "+set", "+get +eval"),
+        "hash": (HASH, "account:1", "+hset +eval", "+hget"),
+        "member": (MEMBER, "balances", "+hsetnx", "+hget +hset +eval"),
+    }[shape]
+    server = private_redis()
+    await pg.execute(ACCOUNTS)
+    await pg.execute(
+        "INSERT INTO accounts VALUES (1, 1.5), (2, 2);"
+        "CREATE TABLE balances AS SELECT user_id, amount AS balance, synced_at FROM accounts;"
+        "ALTER TABLE balances ADD PRIMARY KEY (user_id)"
+    )
+    made = engine(mapping, redis={"url": server.url.replace("redis://", "redis://writer:pw@")})
+    with BlockingRedis(port=server.port) as client:
+
+        def allow(*rights: str) -> None:
+            words = f"reset on >pw ~balance* ~account:* -@all {READS} {' '.join(rights)}".split()
+            client.execute_command("ACL SETUSER", "writer", *words)
+
+        allow(rights)
+        assert (await restored(made)).counts.inserted == 2
+        if shape == "string":
+            client.set(key, "7")
+        else:
+            client.hset(key, "a" if shape == "hash" else "1", "7")
+        allow(rights, more)
+        assert (await restored(made, overwrite=True)).counts.updated == 1
