@@ -1,6 +1,7 @@
 """Asking both servers over and over how they are, and what follows: recovery runs, early alarms."""
 
 import asyncio
+from collections.abc import Awaitable
 from collections.abc import Mapping as Dictionary
 from dataclasses import asdict, replace
 from functools import partial
@@ -106,14 +107,21 @@ class Probing:
         if now < self._refresh_at:
             return
         self._refresh_at = now + _REFRESH_S
+        # What one of them can't tell must not hide what the other one can.
+        if self._state.postgres.connected:
+            await self._attempt(self._ask_postgres())
+        if self._state.redis.connected:
+            await self._attempt(self._ask_redis())
+
+    async def _attempt(self, asking: Awaitable[None]) -> None:
         try:
-            if self._state.postgres.connected:
-                # Before the first leader, and for whoever may not make it, there's no schema.
-                self._metrics.remember(await self._database.ask(self._records.known, _ANSWER_S))
-            if self._state.redis.connected:
-                await self._ask_redis()
+            await asking
         except BalanceSyncError as error:
             log.debug("the metrics could not be refreshed", error=str(error))
+
+    async def _ask_postgres(self) -> None:
+        # Before the first leader, and for whoever may not make it, there's no schema.
+        self._metrics.remember(await self._database.ask(self._records.known, _ANSWER_S))
 
     async def _ask_redis(self) -> None:
         facts = await self._source.facts()

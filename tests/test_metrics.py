@@ -2,12 +2,15 @@
 
 import math
 import re
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
 import pytest
+from running import Inside, daemon_config, free_port
 
 from balancesync.documents import run_document
+from balancesync.embedded import RedisServer
 from balancesync.metrics import Metrics
 from balancesync.model import Counts, Known, Run, new_run_id
 
@@ -162,3 +165,22 @@ def test_evicted_keys_are_as_redis_counts_them(metrics: Metrics) -> None:
     assert value(metrics, "redis_evicted_keys_total") == 7
     metrics.evicted = 2
     assert value(metrics, "redis_evicted_keys_total") == 2
+
+
+async def test_a_redis_that_may_evict_is_told_of(
+    private_redis: Callable[..., RedisServer], postgres_dsn: str
+) -> None:
+    server = private_redis({"maxmemory": "100mb", "maxmemory-policy": "allkeys-lru"})
+    async with Inside(daemon_config(postgres_dsn, server.url)) as daemon:
+        await daemon.api.until_sample("redis_may_evict", lambda may: may == 1)
+
+
+async def test_a_daemon_that_never_reached_its_servers_claims_nothing() -> None:
+    nowhere = f"127.0.0.1:{free_port()}"
+    config = daemon_config(f"postgresql://{nowhere}/postgres", f"redis://{nowhere}/0")
+    async with Inside(config) as daemon:
+        await daemon.api.until("/status", lambda status: status["postgres"]["error"])
+        page = await daemon.api.text("/metrics")
+    for name in ("rejects", "drift_records", "guard_refused", "redis_may_evict"):
+        assert f"\nbalancesync_{name}" not in page
+    assert "\nbalancesync_postgres_up 0.0\n" in page
