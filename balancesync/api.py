@@ -173,18 +173,20 @@ class Api:
     async def runs(self, call: Call) -> web.Response:
         """What ran, newest first."""
         asked = call.parameters("limit", "before", "brief")
-        brief: Document = {"mappings": {}} if asked.switch("brief") else {}
+        brief = asked.switch("brief")
         limit, before = asked.number("limit", _ROWS, _MOST_ROWS), asked.uuid("before")
 
         async def question(records: Records, connection: Connection) -> list[Run]:
-            return await records.runs(connection, limit=limit, before=before)
+            return await records.runs(connection, limit=limit, before=before, live=not brief)
 
         found = {str(run.id): run_document(run) for run in await self._reads.ask(question)}
         for name, run in self._facts.runs().items():
-            if before is None or name < str(before):
+            wanted = not brief or run["job"] != "live"
+            if wanted and (before is None or name < str(before)):
                 found[name] = without_report(run)
         newest = sorted(found, reverse=True)[:limit]
-        return reply({"runs": [found[name] | brief for name in newest]})
+        less: Document = {"mappings": {}} if brief else {}
+        return reply({"runs": [found[name] | less for name in newest]})
 
     async def run(self, call: Call) -> web.Response:
         """One run."""

@@ -130,6 +130,9 @@ class Facts:
             "queued_runs": [str(ticket.run.id) for ticket in self._runner.queued],
             "next_run_at": time_text(min(fires, default=None)),
             "live": self._state.live,
+            "live_reason": self._state.live_reason,
+            "live_pending": self._state.live_pending,
+            "live_lag_s": _rounded(self._state.live_lag_s),
             "health": self._health(recorded)[1],
             "recorded_age_s": None if recorded is None else round(self._records.age_s, 3),
         }
@@ -293,6 +296,10 @@ class Cache:
             if self._reading is asyncio.current_task():
                 self._reading, self._is_late, self._seen = None, False, happened
                 self._due = loop.time() + _FRESH_S if happened == self._happened else 0.0
+
+
+def _rounded(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 3)
 
 
 def ticket_document(ticket: Ticket) -> Document:

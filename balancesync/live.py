@@ -203,7 +203,8 @@ class Live:
             await self._runs.end()
             self._pending.forget()
             self._flusher.forget()
-            self._metrics.live_pending.set(0)
+            self._count(0)
+            self._state.live_lag_s = None
             self._free(self._settling)
 
     def _start_up(self) -> None:
@@ -253,7 +254,11 @@ class Live:
         if tracking.gap is not None:
             raise Gap(tracking.gap)
         self._pending.add(*tracking.take())
-        self._metrics.live_pending.set(len(self._pending))
+        self._count(len(self._pending))
+
+    def _count(self, pending: int) -> None:
+        self._metrics.live_pending.set(pending)
+        self._state.live_pending = pending
 
     def _ask(self, tracking: Tracking) -> None:
         """Ask for a full run, unless that was done a short while ago."""
@@ -289,7 +294,9 @@ class Live:
                 return False
             self._runs.add(counts)
             self._pending.rest(piece, begun, loop.time())
-            self._metrics.count_flush(counts, [loop.time() - at for at in self._pending.arrivals()])
+            lags = [loop.time() - at for at in self._pending.arrivals()]
+            self._metrics.count_flush(counts, lags)
+            self._state.live_lag_s = max(lags, default=self._state.live_lag_s)
             self._pause = _PAUSE_S
             self._tell("up")
             self._gather(tracking)
@@ -314,6 +321,7 @@ class Live:
         if state == self._state.live and reason in (self._told, ""):
             return
         self._state.live, self._told = state, reason
+        self._state.live_reason = reason or None
         self._metrics.live_up.set(state == "up")
         self._publish("live", {"state": state, "reason": reason or None})
         write = log.warning if state == "down" else log.info

@@ -129,7 +129,11 @@ def _runs(mappings: Schema) -> Schema:
         parameters=(
             _LIMIT,
             _parameter("before", RUN_ID, "Only runs older than this one."),
-            _parameter("brief", {**FLAG, "default": False}, "Without the counts by mapping."),
+            _parameter(
+                "brief",
+                {**FLAG, "default": False},
+                "Without the counts by mapping and the runs of live mode.",
+            ),
         ),
     )
     run = _operation(

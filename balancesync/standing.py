@@ -95,14 +95,24 @@ def _daemon_facts(status: Document) -> dict[str, str | Text]:
     who = f"{state}, {status['name']}"
     if state == "standby":
         who += f"; {status['leader']} leads"
-    live = {"off": "", "up": "green"}.get(status["live"], "yellow")
-    facts: dict[str, str | Text] = {"daemon": who, "live mode": Text(status["live"], live)}
+    facts: dict[str, str | Text] = {"daemon": who, "live mode": _live_text(status)}
     if status["next_run_at"]:
         left = (datetime.fromisoformat(status["next_run_at"]) - datetime.now(UTC)).total_seconds()
         facts["next run"] = f"in {ago(max(left, 0))}, at {moment(status['next_run_at'])} UTC"
     if status["queued_runs"]:
         facts["waiting"] = f"{len(status['queued_runs']):,}"
     return facts
+
+
+def _live_text(status: Document) -> Text:
+    text = Text(status["live"], {"off": "", "up": "green"}.get(status["live"], "yellow"))
+    if status["live_reason"]:
+        text.append(f": {printable(status['live_reason'])}")
+    if status["live"] == "up" and status["live_lag_s"] is not None:
+        text.append(f", the last changes took {ago(status['live_lag_s'])}")
+    if status["live_pending"]:
+        text.append(f", {status['live_pending']:,} keys wait")
+    return text
 
 
 def _progress_facts(progress: Document | None) -> dict[str, str | Text]:

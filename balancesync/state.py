@@ -19,7 +19,11 @@ _BACKLOG: Final = 1000
 
 @dataclass(slots=True)
 class State:
-    """The daemon at a moment. `leader_name` is whoever leads; None if nobody is known to."""
+    """The daemon at a moment. `leader_name` is whoever leads; None if nobody is known to.
+
+    Of live mode: why it is as it is, how many keys wait, and how long the slowest change of the
+    last flush took, in seconds.
+    """
 
     name: str
     started_at: datetime = field(default_factory=lambda: datetime.now(UTC))
@@ -30,6 +34,9 @@ class State:
     redis: Server = field(default_factory=lambda: Server(connected=False, error=_NOT_ASKED))
     postgres: Server = field(default_factory=lambda: Server(connected=False, error=_NOT_ASKED))
     live: Live = "off"
+    live_reason: str | None = None
+    live_pending: int = 0
+    live_lag_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

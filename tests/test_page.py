@@ -111,6 +111,20 @@ async def test_a_server_that_is_down(
             await page.look("postgres-down-from-the-start")
 
 
+async def test_live_mode(browser: Browser, postgres_dsn: str, redis_url: str, redis: Redis) -> None:
+    config = daemon_config(postgres_dsn, redis_url, live={"enabled": True})
+    await redis.mset({f"balance:{n}": "1" for n in range(100)})
+    async with Inside(config) as daemon, tab(browser, address(config)) as page:
+        await daemon.log.next("live", state="up")
+        await page.until("#live", "up")
+        await page.until("#verdict-title", "what changes follows live")
+        await redis.set("balance:7", "8.5")
+        await page.until("#live", "Changes are copied within")
+        # Its runs, one a minute, would hide the others.
+        assert await page.page.locator("#runs tbody tr").count() == 1
+        await page.look("live")
+
+
 async def test_what_the_guard_refused(
     browser: Browser, postgres_dsn: str, redis_url: str, redis: Redis
 ) -> None:

@@ -207,6 +207,28 @@ OVERDUE = {"checks": {"last_success": {"status": "failed", "detail": ""}}}
 UNTIL = "everything up to 2026-01-31 02:00:00 UTC is in PostgreSQL"
 
 
+LIVE: dict[str, Any] = {
+    "name": "a:1",
+    "leader": "a:1",
+    "live": "up",
+    "live_reason": None,
+    "live_lag_s": 0.12,
+    "live_pending": 3,
+    "next_run_at": None,
+    "queued_runs": [],
+}
+
+
+def test_a_daemon_tells_more(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = {"phase": "scan", "mapping": "m", "done": 10, "total": 40, "ratio": 0.25}
+    current = GOOD["last_run"] | {"status": "running", "duration_s": None, "progress": progress}
+    standing.show_status(GOOD | LIVE | {"current_run": current, "state": "running"})
+    cells = [re.split("  +", line) for line in capsys.readouterr().out.splitlines()]
+    assert ["live mode", "up, the last changes took 120 ms, 3 keys wait"] in cells
+    assert ["progress", "reading m: 10 of 40 (25%)"] in cells
+    assert ["daemon", "running, a:1"] in cells
+
+
 @pytest.mark.parametrize(
     ("otherwise", "said"),
     [

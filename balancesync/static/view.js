@@ -85,13 +85,7 @@ export function showServers(status) {
     tile(name, server.connected ? "up" : "down", server.connected ? "ok" : "bad", detail);
   }
   const level = { off: "", up: "ok", "catching up": "warn", down: "bad" }[status.live];
-  const live = {
-    off: "Changes are copied by the runs alone",
-    up: "Changes are copied as they are made",
-    "catching up": "A full run comes first",
-    down: "Changes wait for the next run",
-  }[status.live];
-  tile("live", status.live, level, live);
+  tile("live", status.live, level, words.live(status));
   const rows = words.rejectsOf(status);
   const sum = rows.reduce((total, row) => total + row.number, 0);
   const over = status.health.checks.rejects?.status === "degraded";

@@ -80,6 +80,14 @@ export function asked(trigger) {
   return name ? `by schedule: ${name}` : (by[kind] ?? trigger);
 }
 
+export function live(status) {
+  if (status.live === "off") return status.live_reason ?? "Changes are copied by the runs alone";
+  const waiting = status.live_pending && plural(status.live_pending, "key waits", "keys wait");
+  const lag = status.live_lag_s === null ? "as they are made" : `within ${span(status.live_lag_s)}`;
+  const how = status.live === "up" ? `Changes are copied ${lag}` : status.live_reason;
+  return capital([how, waiting].filter(Boolean).join("; "));
+}
+
 export function capital(text) {
   return text.charAt(0).toUpperCase() + text.slice(1);
 }
@@ -143,7 +151,8 @@ function never(status, last) {
 function since(status, last, until) {
   const rejects = rejectsOf(status).reduce((sum, row) => sum + row.number, 0);
   const but = rejects ? `, but for ${plural(rejects, "reject", "rejects")}` : "";
-  const title = `Safe: everything up to ${until} is in PostgreSQL${but}`;
+  const more = status.live === "up" ? "; what changes follows live" : "";
+  const title = `Safe: everything up to ${until} is in PostgreSQL${but}${more}`;
   const worries = [];
   if (status.health.checks.rejects?.status === "degraded" && last?.status !== "failed") {
     worries.push("More records are rejected than guard.max_rejects allows.");
