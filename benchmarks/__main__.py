@@ -17,9 +17,9 @@ from typing import Final
 
 from balancesync import __version__
 from balancesync.errors import BalanceSyncError
-from benchmarks import around, back, cases, daemon, past, shapes
+from benchmarks import around, back, cases, daemon, page, past, shapes
 from benchmarks.servers import Bench, Broken, bench
-from benchmarks.table import Row, render
+from benchmarks.table import Row, grid, render
 
 CASES: Final[dict[str, Callable[[Bench], Awaitable[list[Row]]]]] = {
     "nothing": cases.nothing,
@@ -62,6 +62,9 @@ def _parser() -> argparse.ArgumentParser:
         "--only", action="append", choices=CASES, metavar="CASE", help=f"of {', '.join(CASES)}"
     )
     parser.add_argument("--quick", action="store_true", help="no memory of five times the keys")
+    parser.add_argument(
+        "--write", action="store_true", help="put all tables into docs/performance.md"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers to FILE")
     return parser
 
@@ -77,11 +80,14 @@ async def _measure(args: argparse.Namespace) -> None:
         finally:
             # Also when a case broke: the others have taken their time.
             machine = _machine(versions, stage.noise, args)
-            print(machine, "", render(rows), "", _details(stage), sep="\n")
+            tables = {"measured": f"{machine}\n\n{render(rows)}", "times": _times(stage)}
+            print(*tables.values(), sep="\n\n")
             if args.json:
                 lines = [vars(row) for row in rows]
                 found = {"machine": machine, "rows": lines, "details": stage.details}
                 args.json.write_text(json.dumps(found, indent=1) + "\n")
+    if args.write:
+        page.put(tables)
 
 
 def _machine(versions: str, noise: list[float], args: argparse.Namespace) -> str:
@@ -95,9 +101,9 @@ def _machine(versions: str, noise: list[float], args: argparse.Namespace) -> str
     )
 
 
-def _details(stage: Bench) -> str:
+def _times(stage: Bench) -> str:
     """Where the time goes, as medians: phases of a run, CPU seconds of each process."""
-    lines = [tuple(_DETAILS.values()), ("---",) * len(_DETAILS)]
+    lines = [tuple(_DETAILS.values())]
     for case, found in stage.details.items():
         cells = [case]
         for name in [*_DETAILS][1:]:
@@ -105,12 +111,15 @@ def _details(stage: Bench) -> str:
             shown = f"{median(values):.0%}" if name == "others" and values else ""
             cells.append(shown or (f"{median(values):.3f}" if values else ""))
         lines.append(tuple(cells))
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return grid(lines)
 
 
 def main() -> int:
     """Measure what the command line asks for."""
-    args = _parser().parse_args()
+    parser = _parser()
+    args = parser.parse_args()
+    if args.write and (args.only or args.quick):
+        parser.error("--write takes all cases: the page's tables are replaced as a whole")
     try:
         asyncio.run(_measure(args))
     except (Broken, BalanceSyncError) as error:

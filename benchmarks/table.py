@@ -104,13 +104,17 @@ def measured(
 
 
 def render(rows: Sequence[Row]) -> str:
-    """The table, its columns aligned."""
-    lines = [_HEAD, *(row.cells for row in rows)]
-    widths = [max(len(line[at]) for line in lines) for at in range(len(_HEAD))]
+    """The table."""
+    return grid([_HEAD, *(row.cells for row in rows)])
+
+
+def grid(lines: Sequence[tuple[str, ...]]) -> str:
+    """Lines of cells, the first of them the head, as Markdown with its columns aligned."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     rule = tuple("-" * width for width in widths)
     padded = (
         [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]
-        for line in (_HEAD, rule, *lines[1:])
+        for line in (lines[0], rule, *lines[1:])
     )
     return "\n".join(f"| {' | '.join(cells)} |" for cells in padded)
 
