@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
+from secrets import token_hex
 from threading import Thread
 from typing import Any
 from urllib.parse import quote
@@ -615,3 +616,22 @@ async def test_a_past_balance_by_http(
         assert (await ask("1", at.isoformat()))[1]["values"] == {"balance": "5.00"}
         before = (at - timedelta(microseconds=1)).isoformat()
         assert (await ask("1", before))[1]["values"] == {"balance": "1.00"}
+
+
+async def test_the_longest_keys_fit_its_index(
+    engine: MakeEngine, redis: Redis, pg: asyncpg.Connection
+) -> None:
+    columns = dict.fromkeys("abcdefgh", "text") | {"balance": "bigint"}
+    mapping = {
+        "name": "n" * 63,
+        "key": "|".join(f"{{{name}}}" for name in "abcdefgh") + "|",
+        "columns": columns,
+        "table": "longest",
+    }
+    # Random, or it would be compressed.
+    texts = [token_hex(150) for _ in range(8)]
+    await redis.set("|".join(texts) + "|", "1")
+    sync = engine(mapping, history=KEPT)
+    counts = (await sync.good()).counts
+    assert (counts.inserted, counts.rejected) == (1, 0)
+    assert await one_as_of(sync, await now(pg), *texts) == "1"
