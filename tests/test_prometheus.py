@@ -133,20 +133,26 @@ async def test_everything_on_a_real_scrape(
         daemon_config(postgres_dsn, redis_url, live={"enabled": True}, schedule=plan)
         for _ in range(2)
     )
-    async with Inside(leads) as leader, Inside(stands_by) as standby:
-        await leader.api.sync()
-        await leader.api.until_sample('expiring_keys{mapping="balances"}', lambda keys: keys == 1)
-        await redis.flushdb()
-        assert (await leader.api.sync())["status"] == "refused"
-        await leader.api.until_sample("guard_refused", lambda refused: refused == 1)
-        for each in (leader, standby):
-            promtool("check", "metrics", given=await each.api.text("/metrics"))
-        async with prometheus(tmp_path, leads.http.port, stands_by.http.port) as server:
-            # Two scrapes at least, for a rate.
-            await server.until('count(rate(balancesync_records_total{outcome="updated"}[1m])) == 2')
-            for expression in expressions():
-                assert await server.until(expression), expression
-            await rules_are_fit(server)
+    async with Inside(leads) as leader:
+        await leader.api.until_sample("leader", lambda leads: leads == 1)
+        async with Inside(stands_by) as standby:
+            await leader.api.sync()
+            await leader.api.until_sample(
+                'expiring_keys{mapping="balances"}', lambda keys: keys == 1
+            )
+            await redis.flushdb()
+            assert (await leader.api.sync())["status"] == "refused"
+            await leader.api.until_sample("guard_refused", lambda refused: refused == 1)
+            for each in (leader, standby):
+                promtool("check", "metrics", given=await each.api.text("/metrics"))
+            async with prometheus(tmp_path, leads.http.port, stands_by.http.port) as server:
+                # Two scrapes at least, for a rate.
+                await server.until(
+                    'count(rate(balancesync_records_total{outcome="updated"}[1m])) == 2'
+                )
+                for expression in expressions():
+                    assert await server.until(expression), expression
+                await rules_are_fit(server)
 
 
 async def rules_are_fit(server: Prometheus) -> None:
