@@ -41,6 +41,10 @@ class Ledger:
             made[f"balance:{key}"] = str(self._version * _PER_KEY + key)
         return made
 
+    def forget_but(self, keys: Iterable[int]) -> None:
+        """Rows of other keys than these were rightly deleted."""
+        self._seen = {key: self._seen[key] for key in keys if key in self._seen}
+
     async def check(self, pg: asyncpg.Connection) -> None:
         """Look at every row: a balance of its own key, none of before what was seen, none gone."""
         rows = {

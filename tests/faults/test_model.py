@@ -10,6 +10,7 @@ from decimal import Decimal
 from typing import Any, TypeVar
 
 import hypothesis.strategies as st
+import pytest
 from engine import Engine, make_config
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
@@ -21,7 +22,7 @@ from balancesync.model import Baseline, Request, Run
 from balancesync.part import Progress
 from balancesync.sync import Sync
 from faults.figures import Figures
-from faults.ground import RETRY, STILL_RUNNING, connected, through, until_free
+from faults.ground import GAPS, RETRY, STILL_RUNNING, connected, through, until_free
 from faults.ledger import Ledger
 
 T = TypeVar("T")
@@ -33,14 +34,23 @@ KEY_SETS = st.one_of(
     st.sets(st.integers(0, KEYS - 1), max_size=8).map(lambda left: {*range(KEYS)} - left),
 )
 STEPS = st.integers(1, 60)
-SPOILED = st.sampled_from(["", "1,5", "NaN", "1.005", "abc", "1e30"])
+SPOILED = ("", "1,5", "NaN", "1.005", "abc", "1e30")
+
+UNFINISHED = """
+    SELECT coalesce((SELECT status <> 'succeeded' FROM balancesync.runs
+        WHERE job = 'restore' AND mode = 'apply' ORDER BY id DESC LIMIT 1), false)
+"""
 
 
 class Story(RuleBasedStateMachine):
     """One story; `held` is what Redis holds: None for what is no balance."""
 
-    def __init__(self, postgres: PostgresServer, redis: RedisServer, figures: Figures) -> None:
+    def __init__(
+        self, postgres: PostgresServer, redis: RedisServer, figures: Figures, on_absent: str
+    ) -> None:
         super().__init__()
+        self.on_absent = on_absent
+        self.unfinished = False
         self.postgres = postgres
         self.server = redis
         self.figures = figures
@@ -75,6 +85,8 @@ class Story(RuleBasedStateMachine):
             make_config(
                 through(self.postgres.dsn, self.before),
                 f"redis://127.0.0.1:{self.source.port}/0",
+                {"on_absent": self.on_absent},
+                history={"enabled": self.on_absent == "delete"},
                 redis={"scan_count": 5},
                 postgres={"apply_batch": 5},
                 retry=RETRY,
@@ -99,7 +111,7 @@ class Story(RuleBasedStateMachine):
             self.client.set(name, value)
             self.held[int(name.rpartition(":")[2])] = Decimal(value)
 
-    @rule(keys=KEY_SETS, value=SPOILED)
+    @rule(keys=KEY_SETS, value=st.sampled_from(SPOILED))
     def spoil(self, keys: set[int], value: str) -> None:
         self.figures.fault()
         for key in keys:
@@ -193,6 +205,35 @@ class Story(RuleBasedStateMachine):
         assert run.counts.inserted == len(good.keys() - self.rows.keys())
         self.figures.checked(len(good), 0)
 
+    @rule(overwrite=st.booleans(), step=STEPS, fault=st.sampled_from(["", "reset", "kill"]))
+    def restore(self, step: int, fault: str, *, overwrite: bool) -> None:
+        if not self.rows:
+            return
+        differing = {
+            key for key, value in self.held.items() if key in self.rows and self.rows[key] != value
+        }
+        if fault:
+            act = self.restart_redis if fault == "kill" else self.source.reset
+            self.source.at_step(1 + step // 6, act)
+        run = self.execute(job="restore", overwrite=overwrite)
+        texts = self.client.mget([f"balance:{key}" for key in range(KEYS)])
+        before, self.held = self.held, {}
+        for key, text in enumerate(texts):
+            if text is not None:
+                plain = text.decode() if isinstance(text, bytes) else text
+                self.held[key] = None if plain in SPOILED else Decimal(plain)
+        # A key holds what it held, or what its row holds, and none is gone.
+        for key, value in self.held.items():
+            assert value in (before.get(key), self.rows.get(key))
+        assert self.held.keys() >= before.keys()
+        if run.status == "succeeded":
+            assert overwrite or not differing
+            assert self.held == before | self.rows
+            self.standing = False
+        else:
+            assert run.status == "failed"
+            assert fault or (differing and not overwrite)
+
     def kill_postgres(self) -> None:
         self.postgres.kill()
         self.postgres.start()
@@ -240,6 +281,9 @@ class Story(RuleBasedStateMachine):
 
     def succeeded(self) -> None:
         self.rows |= {key: value for key, value in self.held.items() if value is not None}
+        gone = self.rows.keys() - self.held.keys()
+        if self.on_absent == "delete" and not self.unfinished:
+            self.rows = {key: value for key, value in self.rows.items() if key not in gone}
         absent = len(self.rows.keys() - self.held.keys())
         self.baseline, self.standing = Baseline(len(self.held), absent), False
 
@@ -250,18 +294,24 @@ class Story(RuleBasedStateMachine):
 
     async def look(self, last: Run) -> None:
         async with connected(self.postgres.dsn) as pg:
-            await self.ledger.check(pg)
             found = {
                 row["user_id"]: row["balance"]
                 for row in await pg.fetch("SELECT user_id, balance FROM balances")
             }
-            if last.status == "failed":
-                # Some slices may be in: each row has its old or its new balance.
-                assert found.keys() >= self.rows.keys()
+            if last.status == "failed" and last.job == "sync":
+                # Some slices may be in: each row has its old or its new balance, or is deleted.
+                gone = self.rows.keys() - found.keys()
+                assert self.on_absent == "delete" or not gone
+                assert not gone & self.held.keys()
                 for key, balance in found.items():
                     assert balance in (self.rows.get(key), self.held.get(key))
                 self.rows = found
             assert found == self.rows
+            self.ledger.forget_but(found)
+            await self.ledger.check(pg)
+            self.unfinished = await pg.fetchval(UNFINISHED)
+            if self.on_absent == "delete":
+                assert not await pg.fetchval(GAPS)
             await until_free(pg)
             assert not await pg.fetchval(STILL_RUNNING)
             status = await pg.fetchval("SELECT status FROM balancesync.runs WHERE id = $1", last.id)
@@ -271,7 +321,7 @@ class Story(RuleBasedStateMachine):
             )
             standing = await pg.fetchval("SELECT refusal IS NOT NULL FROM balancesync.baselines")
             assert standing == self.standing
-            if last.status == "succeeded" and last.mode == "apply":
+            if last.status == "succeeded" and last.mode == "apply" and last.job == "sync":
                 bad = await pg.fetchval(
                     "SELECT count(*) FROM balancesync.rejects WHERE healed_at IS NULL"
                 )
@@ -279,23 +329,25 @@ class Story(RuleBasedStateMachine):
                 assert last.counts.scanned == last.counts.seen
 
 
+@pytest.mark.parametrize("on_absent", ["keep", "delete"])
 def test_every_story_ends_well(
     frail_postgres: PostgresServer,
     private_redis: Callable[..., RedisServer],
     figures: Figures,
     *,
+    on_absent: str,
     torture: bool,
 ) -> None:
     redis = private_redis({"appendonly": "yes", "appendfsync": "always"})
 
     class Told(Story):
         def __init__(self) -> None:
-            super().__init__(frail_postgres, redis, figures)
+            super().__init__(frail_postgres, redis, figures, on_absent)
 
     run_state_machine_as_test(
         Told,
         settings=settings(
-            max_examples=60 if torture else 10,
+            max_examples=40 if torture else 6,
             stateful_step_count=30 if torture else 10,
             derandomize=not torture,
             database=None,
