@@ -18,7 +18,7 @@ test: .venv/.ready ## all tests, on private servers, with the coverage floor
 	@$(BIN)/pytest -n auto --cov=balancesync $(ARGS)
 
 torture: .venv/.ready ## the fault suite in its long form: some half an hour
-	@BALANCESYNC_TORTURE=1 $(BIN)/pytest -n auto --dist worksteal tests/faults $(ARGS)
+	@BALANCESYNC_TORTURE=1 $(BIN)/pytest -n auto --dist worksteal -o faulthandler_timeout=1800 tests/faults $(ARGS)
 
 demo: .venv/.ready ## real balances from a real Redis into a real PostgreSQL
 	@$(BIN)/python -m balancesync demo $(ARGS)
