@@ -10,17 +10,18 @@ from pathlib import Path
 import asyncpg
 import pytest
 from redis.asyncio import Redis
+from running import processes
 
 from balancesync import cli
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text() for page in PAGES}
 
 
 def blocks(page: str, language: str) -> list[str]:
     """The fenced blocks of a page in one language."""
-    return re.findall(rf"^```{language}\n(.*?)^```", TEXTS[page], re.MULTILINE | re.DOTALL)
+    return re.findall(rf"^ *```{language}\n(.*?)^ *```", TEXTS[page], re.MULTILINE | re.DOTALL)
 
 
 def command_lines() -> list[tuple[str, str]]:
@@ -79,6 +80,32 @@ async def test_the_quick_start(
     assert code == 0, out
     assert "Redis and PostgreSQL agree" in out
     assert await pg.fetchval("SELECT sum(balance)::text FROM balances") == "1234.66"
+
+
+# Commands that end otherwise than with 0 where all is well, or that have tests of their own.
+CODES = {"balancesync cancel": 1}
+ENDLESS = ("balancesync run", "balancesync events", "balancesync demo")
+
+
+async def test_every_command_of_the_pages(
+    tmp_path: Path, redis: Redis, redis_url: str, postgres_dsn: str
+) -> None:
+    """Beside a running daemon, after a sync, in the order of the pages."""
+    await redis.mset({"balance:123": "1234.56", "balance:124": "0.1"})
+    typed = [
+        line.partition("#")[0].strip()
+        for page in TEXTS
+        for block in blocks(page, "sh")
+        for line in block.splitlines()
+        if line.strip().startswith("balancesync ") and not line.strip().startswith(ENDLESS)
+    ]
+    assert len(set(typed)) > 20
+    async with processes(tmp_path, postgres_dsn, redis_url) as made:
+        file = made.file(more="[history]\nenabled = true\n[prune]\nenabled = true\n")
+        await made.daemon(file=file)
+        for command in dict.fromkeys(["balancesync sync", *typed]):
+            code, out = await shell(command, tmp_path, BALANCESYNC_CONFIG=str(file))
+            assert code == CODES.get(command, 0), f"{command}: {out}"
 
 
 async def test_the_table_of_an_application(
