@@ -48,7 +48,7 @@ level = "error"
 
 
 @dataclass
-class _Server:
+class Server:
     """A process that serves HTTP; what it has found itself is there when it has ended."""
 
     port: int
@@ -57,9 +57,9 @@ class _Server:
 
 
 @asynccontextmanager
-async def _serving(module: str, *arguments: str, port: int) -> AsyncIterator[_Server]:
+async def _serving(module: str, *arguments: str, port: int) -> AsyncIterator[Server]:
     process = await start(module, *arguments)
-    server = _Server(port, process.pid)
+    server = Server(port, process.pid)
     try:
         await _ready(port, process)
         yield server
@@ -92,12 +92,14 @@ def _free_port() -> int:
 
 
 @asynccontextmanager
-async def _daemon(bench: Bench, *, url: str = "", watched: bool = False) -> AsyncIterator[_Server]:
-    """`balancesync run`, or the same with its loop watched."""
+async def daemon(
+    bench: Bench, *, url: str = "", watched: bool = False, more: str = ""
+) -> AsyncIterator[Server]:
+    """`balancesync run`, or the same with its loop watched; `more` is of its configuration."""
     port = _free_port()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "config.toml"
-        file.write_text(_CONFIG.format(url=url or bench.url, dsn=bench.dsn, port=port))
+        file.write_text(_CONFIG.format(url=url or bench.url, dsn=bench.dsn, port=port) + more)
         command = ["balancesync", "run", "--config", str(file)]
         if watched:
             command = ["benchmarks.serving", "daemon", str(file)]
@@ -105,7 +107,7 @@ async def _daemon(bench: Bench, *, url: str = "", watched: bool = False) -> Asyn
             yield server
 
 
-def _bare() -> AbstractAsyncContextManager[_Server]:
+def _bare() -> AbstractAsyncContextManager[Server]:
     port = _free_port()
     return _serving("benchmarks.serving", "bare", str(port), port=port)
 
@@ -125,7 +127,7 @@ async def http(bench: Bench) -> list[Row]:
             found = await bench.work("pace", port=server.port, syncs=False, **pace)
             await finish(runs)
         floors.append(_percentile([*chain(*found["took"].values())], 99))
-        async with _daemon(bench, watched=True) as server:
+        async with daemon(bench, watched=True) as server:
             await bench.sql.execute("DROP TABLE balances")
             found = await bench.work("pace", port=server.port, syncs=True, **pace)
         _check_runs(bench, found["runs"])
@@ -170,12 +172,12 @@ async def reads(bench: Bench) -> list[Row]:
         async with _bare() as server:
             bare.append((await bench.work("anything", port=server.port, **flood))["rate"])
         redis.append((await bench.work("redis_reads", **flood))["rate"])
-        async with _daemon(bench) as server:
+        async with daemon(bench) as server:
             asked = flood | {"port": server.port, "source": "redis"}
             with_redis.append((await bench.work("balances", **asked))["rate"])
         postgres.append((await bench.work("postgres_reads", **flood))["rate"])
         nobody = f"redis://{HOST}:{_free_port()}/0"
-        async with _daemon(bench, url=nobody) as server:
+        async with daemon(bench, url=nobody) as server:
             asked = flood | {"port": server.port, "source": "postgres"}
             without.append((await bench.work("balances", **asked))["rate"])
     case = f"balance reads, {_AT_ONCE} connections"
@@ -199,7 +201,7 @@ async def idle(bench: Bench) -> list[Row]:
     memory: list[float] = []
     fresh: list[float] = []
     for _ in range(bench.runs):
-        async with _daemon(bench) as server:
+        async with daemon(bench) as server:
             fresh.append(noise.resident_bytes(server.pid) / _MEGABYTE)
             visit = await Visit.to(server.port)
             _check_runs(bench, [json.loads(await visit.ask(SYNC))])
