@@ -17,7 +17,7 @@ from typing import Final
 
 from balancesync import __version__
 from balancesync.errors import BalanceSyncError
-from benchmarks import around, back, cases, daemon, page, past, shapes
+from benchmarks import around, back, cases, daemon, live, page, past, shapes
 from benchmarks.servers import Bench, Broken, bench
 from benchmarks.table import Row, grid, render
 
@@ -39,6 +39,11 @@ CASES: Final[dict[str, Callable[[Bench], Awaitable[list[Row]]]]] = {
     "http": daemon.http,
     "reads": daemon.reads,
     "idle": daemon.idle,
+    "live": live.lag,
+    "live-throughput": live.throughput,
+    "live-redis": live.redis_cost,
+    "live-cost": live.cost,
+    "live-idle": live.idle,
 }
 
 _DETAILS: Final = {

@@ -3,7 +3,7 @@
 import asyncio
 import random
 import socket
-from time import perf_counter, sleep
+from time import perf_counter
 from typing import Any, Final
 from urllib.parse import urlsplit
 
@@ -33,6 +33,7 @@ def _connect(url: str) -> socket.socket:
 
 
 async def spend(
+    *,
     url: str,
     keys: int,
     rate: int,
@@ -40,7 +41,6 @@ async def spend(
     connections: int,
     depth: int,
     seed: int,
-    *,
     distinct: bool,
 ) -> dict[str, Any]:
     """Set balances at `rate` a second: over so many connections, `depth` at a time on each.
@@ -49,7 +49,7 @@ async def spend(
     how many seconds, and by how much it fell behind its pace at the most.
     """
     sockets = [_connect(url) for _ in range(connections)]
-    chance = random.Random(seed)
+    chance = random.Random(seed)  # noqa: S311  # any will do
     at_once = connections * depth
     rounds = int(rate * seconds / at_once)
     written, behind = 0, 0.0
@@ -58,7 +58,7 @@ async def spend(
         due = begun + turn * at_once / rate
         left = due - perf_counter()
         if left > 0:
-            sleep(left)
+            await asyncio.sleep(left)
         behind = max(behind, -left)
         for each in sockets:
             packed = []
