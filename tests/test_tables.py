@@ -1,5 +1,6 @@
 """Existing tables: those that fit are written, those that don't get one line with the way out."""
 
+import json
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -457,9 +458,23 @@ async def test_odd_identifiers(engine: MakeEngine, redis: Redis, pg: asyncpg.Con
     assert (counts.updated, counts.deleted) == (1, 1)
     assert (await sync.verify()).counts.unchanged == 1
     found = await pg.fetchrow('SELECT * FROM "sch""ema."."""; drop {table}"')
+    kept = engine(
+        {**mapping, "on_absent": "keep"},
+        postgres={"schema": 'it\'s "{mine}"'},
+        history={"enabled": True},
+        prune={"enabled": True},
+    )
+    await redis.hset("balance:x", "{v1}", "2.4")
+    await kept.good()
+    await redis.hset("balance:x", "{v1}", "2.5")
+    assert (await kept.good()).counts.updated == 1
+    history = await pg.fetch('SELECT old FROM "it\'s ""{mine}""".changes ORDER BY at')
+    assert [json.loads(row["old"])["{v1}"] for row in history] == ["2.50", "2.40"]
+    assert (await kept.sync(job="prune", idle_s=0)).counts.deleted == 1
+    assert (await kept.good(job="restore")).counts.inserted == 1
     assert found is not None
     assert [str(found[name]) for name in columns] == ["x", "2.50", "True", one]
-    assert await pg.fetchval('SELECT count(*) FROM "it\'s ""{mine}""".runs') == 4
+    assert await pg.fetchval('SELECT count(*) FROM "it\'s ""{mine}""".runs') == 8
 
 
 async def test_names_that_the_engine_uses_itself(

@@ -12,7 +12,9 @@ from balancesync import telemetry
 from balancesync.config import Config, HttpConfig, LogConfig, PostgresConfig, RedisConfig
 
 log = structlog.get_logger("tests")
-FORGED = 'x\n2026-01-01T00:00:00Z [info     ] run status=succeeded\x1b[2J\u2028"'
+FORGED = (
+    'x\n2026-01-01T00:00:00Z [info     ] run status=succeeded\x1b[2J\u2028\r\x85\u202e\u2066\u200f"'
+)
 
 
 def logged(capsys: pytest.CaptureFixture[str]) -> list[str]:
