@@ -23,6 +23,7 @@ from balancesync import probing
 
 ROOT = Path(__file__).parents[1]
 ALERTS = ROOT / "docs/prometheus/alerts.yml"
+RUNBOOK = ROOT / "docs/runbook.md"
 DASHBOARD = ROOT / "docs/grafana/balancesync.json"
 RULES: list[dict[str, Any]] = yaml.safe_load(ALERTS.read_text())["groups"][0]["rules"]
 
@@ -188,6 +189,7 @@ def test_every_alert_tells_what_to_do(rule: dict[str, Any]) -> None:
     assert rule["labels"]["severity"] in ("critical", "warning")
     assert set(rule["annotations"]) == {"summary", "description", "runbook_url"}
     assert rule["annotations"]["runbook_url"].endswith(f"/runbook.md#{rule['alert'].lower()}")
+    assert f"### {rule['alert']}\n" in RUNBOOK.read_text()
 
 
 def test_the_dashboard_is_one() -> None:

@@ -161,3 +161,10 @@ def test_every_command_is_documented() -> None:
     text = TEXTS["docs/commands.md"]
     for command in cli._OPTIONS:
         assert re.search(rf"^balancesync {command}\b", text, re.MULTILINE), command
+
+
+def test_the_map_of_the_modules_is_whole() -> None:
+    rooms = TEXTS["docs/architecture.md"].partition("| rooms |")[2].partition("\n\n")[0]
+    named = re.findall(r"`(\w+)`", rooms)
+    modules = {path.stem for path in (ROOT / "balancesync").glob("*.py")}
+    assert sorted(named) == sorted(modules - {"__init__", "__main__"})
