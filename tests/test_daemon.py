@@ -5,7 +5,7 @@ import os
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from urllib.parse import urlsplit
 from uuid import uuid4
@@ -597,8 +597,10 @@ async def test_a_clock_set_by_an_hour_and_back(
     await fill(redis)
     clock = tmp_path.parent / f"{tmp_path.name}.clock"
     clock.write_text("+0\n")
-    # Within an hour it's due twice, within the seconds of this test only by chance.
-    more = '[schedule]\non_start = false\njobs = { often = { cron = "*/30 * * * *" } }\n'
+    # Due once within the next hour, and not within the seconds of this test.
+    minute = (datetime.now(UTC) + timedelta(minutes=30)).minute
+    cron = f'often = {{ cron = "{minute} * * * *" }}'
+    more = f"[schedule]\non_start = false\njobs = {{ {cron} }}\n"
     daemon = await started.daemon(
         file=started.file(more=more),
         program=HASTY,
