@@ -1,7 +1,7 @@
 """Many look-ups at once as few: those that come while one is under way share the next."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Hashable, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Generic, TypeVar
 
@@ -18,7 +18,7 @@ class Batches(Generic[K, V]):
     def __init__(self, look_up: Callable[[list[K]], Awaitable[Sequence[V]]], limit: int) -> None:
         self._look_up = look_up
         self._limit = limit
-        self._waiting: dict[K, asyncio.Future[V]] = {}
+        self._waiting: dict[K, list[asyncio.Future[V]]] = {}
         self._serving: asyncio.Task[None] | None = None
 
     async def ask(self, key: K, timeout_s: float) -> V:
@@ -26,16 +26,17 @@ class Batches(Generic[K, V]):
 
         Whoever gives up waiting cancels nothing for the others.
         """
-        future = self._waiting.get(key)
-        if future is None:
-            loop = asyncio.get_running_loop()
-            future = self._waiting[key] = loop.create_future()
-            if self._serving is None:
-                self._serving = loop.create_task(self._serve())
-        done, _ = await asyncio.wait({future}, timeout=timeout_s)
-        if not done:
-            raise TimeoutError
-        return future.result()
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[V] = loop.create_future()
+        self._waiting.setdefault(key, []).append(future)
+        if self._serving is None:
+            self._serving = loop.create_task(self._serve())
+        # By hand, since asyncio's own ways to wait cost as much as all the rest of a look-up.
+        timer = loop.call_later(timeout_s, _give_up, future)
+        try:
+            return await future
+        finally:
+            timer.cancel()
 
     async def close(self) -> None:
         """End the look-up under way; who waits for it is cancelled."""
@@ -47,19 +48,17 @@ class Batches(Generic[K, V]):
         try:
             while self._waiting:
                 keys = list(islice(self._waiting, self._limit))
-                futures = [self._waiting.pop(key) for key in keys]
+                asked = [self._waiting.pop(key) for key in keys]
                 try:
-                    await self._answer(keys, futures)
+                    await self._answer(keys, asked)
                 finally:
-                    for future in futures:
-                        future.cancel()
+                    _cancel(asked)
         finally:
             self._serving = None
-            for future in self._waiting.values():
-                future.cancel()
+            _cancel(self._waiting.values())
             self._waiting.clear()
 
-    async def _answer(self, keys: list[K], futures: list[asyncio.Future[V]]) -> None:
+    async def _answer(self, keys: list[K], asked: list[list[asyncio.Future[V]]]) -> None:
         # As a task of its own: whatever it raises then reaches those who asked, bugs included.
         looking = asyncio.ensure_future(self._look_up(keys))
         try:
@@ -67,9 +66,28 @@ class Batches(Generic[K, V]):
         finally:
             looking.cancel()
         if error := looking.exception():
-            for future in futures:
-                future.set_exception(error)
-                future.exception()  # marks it as seen: all who asked may have given up
+            for future in _still_waiting(asked):
+                _fail(future, error)
             return
-        for future, value in zip(futures, looking.result(), strict=True):
-            future.set_result(value)
+        for futures, value in zip(asked, looking.result(), strict=True):
+            for future in _still_waiting([futures]):
+                future.set_result(value)
+
+
+def _still_waiting(asked: Iterable[list[asyncio.Future[V]]]) -> Iterator[asyncio.Future[V]]:
+    return (future for futures in asked for future in futures if not future.done())
+
+
+def _cancel(asked: Iterable[list[asyncio.Future[V]]]) -> None:
+    for future in _still_waiting(asked):
+        future.cancel()
+
+
+def _give_up(future: asyncio.Future[V]) -> None:
+    if not future.done():
+        _fail(future, TimeoutError())
+
+
+def _fail(future: asyncio.Future[V], error: BaseException) -> None:
+    future.set_exception(error)
+    future.exception()  # marks it as seen: who asked may be cancelled in this very turn
