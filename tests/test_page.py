@@ -207,7 +207,9 @@ async def test_a_dry_run_shows_exact_texts_and_no_markup(
         await daemon.leads()
         await redis.mset({f"balance:{n}": "1" for n in range(20)})
         await daemon.api.sync()
-        await redis.mset({f"balance:{MARKUP}": amount, "balance:1": "2.5", "balance:bad": MARKUP})
+        await redis.mset(
+            {f"balance:{MARKUP}": amount, "balance:1": "2.5", "balance:bad": f"\u202e{MARKUP}"}
+        )
         await page.page.click("#dry")
         await page.until("#found-title", "What a sync would do")
         await page.until("#found-body", amount)
@@ -220,7 +222,7 @@ async def test_a_dry_run_shows_exact_texts_and_no_markup(
         await page.look("dry-run")
         await daemon.api.sync()
         await page.page.click("#rejects button")
-        await page.until("#samples tbody", MARKUP)
+        await page.until("#samples tbody", f"\\u202e{MARKUP}")
         assert await page.page.locator("main img").count() == 0
         assert page.said == []
 

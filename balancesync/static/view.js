@@ -193,8 +193,11 @@ export function showSamples(row, rejects, now) {
   byId("samples-title").focus();
 }
 
+// What would break a line or turn its direction round is shown by its number, as in a terminal.
 function cut(text) {
-  return text.length > 120 ? `${text.slice(0, 120)}…` : text;
+  const short = text.length > 120 ? `${text.slice(0, 120)}…` : text;
+  return short.replace(/[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]/gu,
+    (char) => `\\u${char.codePointAt(0).toString(16).padStart(4, "0")}`);
 }
 
 // The result of a dry run, with amounts as they came: exact texts.
