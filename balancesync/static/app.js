@@ -9,7 +9,7 @@ const chart = import("./chart.js");
 const POLL_MS = 5000;
 const SOON_MS = 150;
 const NEWS_MS = 60000;
-const KEPT_RUNS = 20;
+const KEPT_RUNS = 16;
 const FEW_RUNS = 8;
 const SAMPLES = 20;
 const ENDED = (run) => !["queued", "running"].includes(run.status);
