@@ -14,6 +14,7 @@ from running import Inside, daemon_config
 
 from balancesync import leadership, live, probing, tracking
 from balancesync.database import lock_key
+from balancesync.embedded import RedisServer
 from balancesync.model import Job, Request, Run
 from balancesync.sync import Sync
 
@@ -309,7 +310,10 @@ async def test_the_session_is_made_anew_and_nothing_is_lost(
 async def test_what_the_acl_forbids_is_said_once_and_the_schedule_goes_on(
     start: Start, redis: Redis, redis_url: str, pg: asyncpg.Connection
 ) -> None:
-    await acl(redis, "on nopass ~balance:* +@all -client|tracking resetchannels")
+    await acl(
+        redis,
+        "on nopass ~balance:* +@all -client +client|id +client|info +client|setname resetchannels",
+    )
     url = redis_url.replace("redis://", "redis://plain:x@")
     try:
         daemon = await start(redis={"url": url}, up=False)
@@ -393,3 +397,133 @@ async def test_a_restore_and_a_prune_leave_the_rows_alone(
     assert (await daemon.api.document("/status"))["live"] == "up"
     after = await pg.fetch("SELECT *, xmin FROM balances ORDER BY user_id")
     assert after[1:] == before[1:]
+
+
+async def test_every_kind_of_mapping_follows(
+    start: Start, redis: Redis, pg: asyncpg.Connection
+) -> None:
+    await pg.execute(
+        """CREATE TABLE users (telegram_id bigint PRIMARY KEY, balance bigint, sync_at timestamptz);
+           INSERT INTO users VALUES (7, 70), (8, 80)"""
+    )
+    await redis.flushall()
+    await redis.mset({"7": "70", "8": "80", "cache:7": "x", "9": "90"})
+    await redis.hset("account:1", mapping={"free": "1", "held": "2"})
+    await redis.set("doc:1", '{"balance": "1"}')
+    await redis.hset("members", mapping={"1": "1", "2": "2"})
+    columns = {"user_id": "bigint", "balance": "numeric(20,2)"}
+    daemon = await start(
+        {
+            "name": "users",
+            "key": "{telegram_id}",
+            "table": "users",
+            "mode": "update",
+            "synced_at": "sync_at",
+            "columns": {"telegram_id": "bigint", "balance": "bigint"},
+        },
+        {
+            "name": "accounts",
+            "key": "account:{user_id}",
+            "type": "hash",
+            "table": "accounts",
+            "columns": {"user_id": "bigint", "free": "bigint", "held": "bigint"},
+        },
+        {
+            "name": "docs",
+            "key": "doc:{user_id}",
+            "type": "json",
+            "table": "docs",
+            "columns": columns,
+        },
+        {
+            "name": "members",
+            "key": "members",
+            "type": "hash",
+            "member": "{user_id}",
+            "table": "members",
+            "on_absent": "delete",
+            "columns": columns,
+        },
+    )
+    await redis.mset({"7": "71", "cache:8": "x", "9": "91", "10": "1"})
+    await redis.hincrby("account:1", "held", 5)
+    await redis.set("doc:1", '{"balance": 2.5}')
+    await redis.hset("members", "1", "1.5")
+    await redis.hdel("members", "2")
+    await until(lambda: pg.fetchval("SELECT balance FROM users WHERE telegram_id = 7"), 71)
+    await until(lambda: pg.fetchval("SELECT held FROM accounts"), 7)
+    await until(lambda: pg.fetchval("SELECT balance FROM docs"), Decimal("2.50"))
+    await until(
+        lambda: pg.fetchval("SELECT array_agg(balance ORDER BY user_id) FROM members"),
+        [Decimal("1.50")],
+    )
+    # No row is ever made in a table of the application.
+    assert await pg.fetchval("SELECT count(*) FROM users") == 2
+    await daemon.stop()
+    run = await daemon.finished(job="live")
+    assert run["mappings"]["users"]["not_found"] == 2
+    assert (run["mappings"]["members"]["deleted"], run["warnings"]) == (1, [])
+
+
+async def test_a_cluster_is_told_that_it_has_the_schedule_alone(start: Start) -> None:
+    daemon = await start(redis={"cluster": True}, up=False)
+    told = await daemon.log.next("live", state="down")
+    assert "live mode isn't available for a cluster yet" in told["reason"]
+    assert (await daemon.api.document("/health"))["checks"]["live"]["status"] == "degraded"
+
+
+async def test_a_standby_follows_nothing_until_it_leads(
+    start: Start, redis: Redis, pg: asyncpg.Connection
+) -> None:
+    first = await start()
+    second = await start(up=False)
+    await second.log.next("leader", leads=False, leader=first.daemon.state.name)
+    _, health = await second.api.ask("/health")
+    assert health["checks"]["live"] == {"status": "ok", "detail": "off"}
+    await first.stop()
+    await second.log.next("live", state="up")
+    await redis.set("balance:1", "2")
+    await until_balance(pg, 1, "2.00")
+
+
+async def test_a_failover_is_a_gap(
+    postgres_dsn: str, private_redis: Callable[..., RedisServer], pg: asyncpg.Connection
+) -> None:
+    primary = private_redis({"repl-diskless-sync-delay": "0"})
+    replica = private_redis({"replicaof": f"127.0.0.1 {primary.port}"})
+    watch = {
+        "sentinel monitor": f"shop 127.0.0.1 {primary.port} 1",
+        "sentinel down-after-milliseconds": "shop 500",
+        "sentinel failover-timeout": "shop 2000",
+    }
+    async with Redis(port=primary.port) as old, Redis(port=replica.port) as new:
+        await old.mset({f"balance:{number}": "1.50" for number in range(KEYS)})
+        await until(new.dbsize, KEYS)
+        sentinel = private_redis(watch)
+        async with Redis(port=sentinel.port) as control:
+            slaves: Callable[..., Awaitable[Any]] = control.sentinel_slaves
+            await until(lambda: _count(slaves("shop")), 1)
+        config = daemon_config(
+            postgres_dsn,
+            "redis://ignored:6379/0",
+            redis={"sentinel": [f"127.0.0.1:{sentinel.port}"], "sentinel_service": "shop"},
+            live={"enabled": True, "flush_interval": 0.02, "rescan_interval": 0},
+        )
+        async with Inside(config) as daemon:
+            await daemon.log.next("live", state="up")
+            primary.kill()
+            await daemon.log.next("live", state="catching up", reason=lambda text: "lost" in text)
+            await until(lambda: _role(new), "master")
+            await new.set("balance:1", "2")
+            await daemon.log.next("live", state="up")
+            await until_balance(pg, 1, "2.00")
+            await new.set("balance:1", "3")
+            await until_balance(pg, 1, "3.00")
+
+
+async def _count(found: Awaitable[Any]) -> int:
+    return len(await found)
+
+
+async def _role(client: Redis) -> str:
+    return str((await client.info("replication"))["role"])
