@@ -4,8 +4,6 @@ import { ask, follow, Problem, read } from "./daemon.js";
 import * as view from "./view.js";
 import * as words from "./words.js";
 
-// By far the largest part, and not needed for the first words.
-const chart = import("./chart.js");
 const POLL_MS = 5000;
 const SOON_MS = 150;
 const NEWS_MS = 60000;
@@ -200,7 +198,9 @@ function showRuns() {
   view.showRuns(runs, state.shown, now(), state.read);
   const writing = runs.filter((run) => run.mode === "apply").reverse();
   view.byId("charts").hidden = writing.length === 0;
-  if (writing.length) chart.then(({ draw }) => draw(writing, now()));
+  if (!writing.length) return;
+  // By far the largest part, and not needed for the first words. What didn't come is asked for again.
+  import("./chart.js").then(({ draw }) => draw(writing, now()), () => delete state.drawn.runs);
 }
 
 function showCurrent() {
