@@ -201,6 +201,13 @@ class Api:
         is_running = self._runner.current is not None and self._runner.current.run.id == run_id
         if self._runner.cancel(run_id) is None:
             run = await self._find_run(run_id)
+            if run["job"] == "live" and run["status"] == "running":
+                raise HttpProblem(
+                    409,
+                    "live",
+                    "this run is live mode's, which goes on until live.enabled is false and the"
+                    " daemon is started again",
+                )
             if run["status"] == "running":
                 raise HttpProblem(409, "not_ours", "this run is another process's: end it there")
             raise HttpProblem(409, "not_running", f"this run has ended: {run['status']}")

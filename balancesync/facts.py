@@ -118,7 +118,8 @@ class Facts:
             document["current_run"] |= {"progress": None}
             if document["state"] == "idle":
                 document["state"] = "running"
-        last = next(reversed(self.finished.values()), None)
+        ended = reversed(self.finished.values())
+        last = next((run for run in ended if run["job"] != "live"), None)
         known = document["last_run"]
         # PostgreSQL doesn't know of a run that it was away for.
         if last and (known is None or _end(last) > _end(known)):

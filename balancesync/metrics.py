@@ -62,6 +62,7 @@ class Metrics:
         self._next_run: Callable[[], float | None] = lambda: None
         self._interval: Callable[[], float] = lambda: math.inf
         self._refused: bool | None = None
+        self._current: str | None = None
         self.evicted: float | None = None
         self.may_evict: bool | None = None
 
@@ -171,6 +172,7 @@ class Metrics:
         """Count an event of the daemon: what it publishes to listeners, it counts here."""
         match kind:
             case "run_started":
+                self._current = document["id"]
                 self.in_progress.set(1)
                 self.progress.set(0)
             case "run_progress":
@@ -179,8 +181,10 @@ class Metrics:
                 # Its records were counted with each flush, and a minute is no duration.
                 self.runs.labels("live", "live", document["status"]).inc()
             case "run_finished":
-                self.in_progress.set(0)
-                self.progress.set(0)
+                # One that was cancelled in the queue ends while another is under way.
+                if document["id"] == self._current:
+                    self.in_progress.set(0)
+                    self.progress.set(0)
                 self._count_run(document)
             case "redis":
                 self.redis_up.set(document["connected"])

@@ -14,7 +14,7 @@ from balancesync import show
 from balancesync.client import Client
 from balancesync.config import Config
 from balancesync.documents import Document, time_text
-from balancesync.errors import DaemonUnavailable
+from balancesync.errors import DaemonUnavailable, RunFailed
 from balancesync.schedule import next_fire
 
 
@@ -68,8 +68,7 @@ async def cancel(config: Config, args: Namespace) -> int:
         status = await client.get("/status")
         current, waiting = status["current_run"], status["queued_runs"]
         if current is None and not waiting:
-            show.write("nothing runs, and nothing waits")
-            return 1
+            raise RunFailed("nothing runs, and nothing waits")
         chosen = waiting[0] if current is None else current["id"]
     document = await client.delete(f"/runs/{chosen}")
     if args.json:

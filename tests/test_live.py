@@ -12,7 +12,7 @@ from engine import Engine
 from redis.asyncio import Redis
 from running import Inside, daemon_config
 
-from balancesync import leadership, live, probing, tracking
+from balancesync import flushruns, leadership, live, probing, tracking
 from balancesync.database import lock_key
 from balancesync.embedded import RedisServer
 from balancesync.model import Job, Request, Run
@@ -113,6 +113,8 @@ async def test_every_kind_of_change_follows_in_one_run(
     assert status["last_run"]["job"] == "sync"
     [run] = [r for r in (await daemon.api.document("/runs"))["runs"] if r["job"] == "live"]
     assert run["status"] == "running"
+    code, refused = await daemon.api.ask(f"/runs/{run['id']}", "DELETE")
+    assert (code, refused["error"]["code"]) == (409, "live")
     await daemon.stop()
     ended = await daemon.finished(job="live")
     [recorded] = await pg.fetch("SELECT * FROM balancesync.runs WHERE job = 'live'")
@@ -124,6 +126,22 @@ async def test_every_kind_of_change_follows_in_one_run(
     assert (counts["inserted"], counts["updated"], counts["rejected"]) == (1, 2, 1)
     # Those that are gone stay, and are counted: on_absent is keep.
     assert (ended["absent"], ended["deleted"], len(await rows(pg))) == (3, 0, KEYS + 1)
+
+
+async def test_a_run_of_flushes_that_has_ended_is_no_last_run(
+    start: Start, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flushruns, "_RUN_S", 0.0)
+    daemon = await start()
+    success = (await daemon.api.document("/status"))["last_success_at"]
+    await redis.set("balance:1", "2.25")
+    flushed = await daemon.finished(job="live")
+    assert (await daemon.api.document(f"/runs/{flushed['id']}"))["status"] == "succeeded"
+    status = await daemon.api.document("/status")
+    assert (status["last_run"]["job"], status["last_success_at"]) == ("sync", success)
+    stats = await daemon.api.document("/stats")
+    assert [run["job"] for run in stats["recent_runs"]] == ["sync"]
+    assert sorted(each["job"] for each in stats["totals"]) == ["live", "sync"]
 
 
 async def test_rows_of_keys_that_are_gone_are_deleted_where_that_is_wanted(

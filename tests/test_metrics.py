@@ -89,11 +89,14 @@ def test_an_error_is_counted_by_its_kind(metrics: Metrics) -> None:
 
 
 def test_a_run_under_way_shows(metrics: Metrics) -> None:
-    metrics.take("run_started", {})
+    run = finished()
+    metrics.take("run_started", run)
     metrics.take("run_progress", {"ratio": 0.25})
+    # Another is cancelled while it waits.
+    metrics.take("run_finished", finished(status="cancelled"))
     assert value(metrics, "run_in_progress") == 1
     assert value(metrics, "run_progress_ratio") == 0.25
-    metrics.take("run_finished", finished())
+    metrics.take("run_finished", run)
     assert value(metrics, "run_in_progress") == 0
 
 

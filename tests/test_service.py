@@ -87,8 +87,8 @@ async def test_with_a_daemon(
         code, out, _ = await command(config, "health")
         assert (code, out.splitlines()[0]) == (0, "healthy")
         assert "no run waits for a server" in out
-        code, out, _ = await command(config, "cancel")
-        assert (code, out) == (1, "nothing runs, and nothing waits\n")
+        code, out, err = await command(config, "cancel", "--json")
+        assert (code, out, err) == (1, "", "balancesync: nothing runs, and nothing waits")
         code, _, err = await command(config, "cancel", "01900000-0000-7000-8000-000000000000")
         assert (code, "there is no run 01900000" in err) == (1, True)
 
