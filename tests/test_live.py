@@ -343,7 +343,8 @@ async def test_what_the_acl_forbids_is_said_once_and_the_schedule_goes_on(
         assert len(await rows(pg)) == KEYS
         await acl(redis, "&__redis__:invalidate")
         told = await daemon.log.next("live", state="down")
-        assert told["reason"].endswith("ACL SETUSER ... +client|tracking, see docs/security.md")
+        # Before Redis 7 it is the whole command.
+        assert "ACL SETUSER ... +client" in told["reason"]
         assert len(daemon.log.all("live")) == 2
         await acl(redis, "+client|tracking")
         await daemon.log.next("live", state="up")
