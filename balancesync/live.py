@@ -115,6 +115,9 @@ class Live:
             self._leads.set()
         else:
             self._leads.clear()
+            if self._tracking is not None:
+                # It may lead again before anybody looks, and who led meanwhile has written.
+                self._tracking.miss("another daemon may have led")
             if leader is None:
                 self._tell("down", "nobody leads: PostgreSQL can't be asked")
             else:
@@ -192,7 +195,9 @@ class Live:
             while self._leads.is_set():
                 await self._turn(tracking)
         except Gap as gap:
-            self._tell("catching up", str(gap))
+            # Else it has been told already that somebody else leads, or nobody.
+            if self._leads.is_set():
+                self._tell("catching up", str(gap))
             self._runs.warn(f"changes may have been missed, and a full run has to follow: {gap}")
         finally:
             self._tracking = None

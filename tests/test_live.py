@@ -546,3 +546,19 @@ async def _count(found: Awaitable[Any]) -> int:
 
 async def _role(client: Redis) -> str:
     return str((await client.info("replication"))["role"])
+
+
+async def test_a_lead_that_was_lost_for_a_moment_is_a_gap(
+    start: Start, redis: Redis, pg: asyncpg.Connection
+) -> None:
+    daemon = await start()
+    await pg.execute(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+        " WHERE datname = current_database() AND application_name LIKE 'balancesync _%'"
+    )
+    await daemon.log.next("leader", leads=False)
+    await daemon.log.next("live", state="down")
+    await daemon.log.next("live", state="up")
+    assert len(daemon.log.all("run_finished", job="sync", status="succeeded")) == 2
+    await redis.set("balance:1", "2")
+    await until_balance(pg, 1, "2.00")
