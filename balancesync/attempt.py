@@ -11,6 +11,7 @@ from balancesync.database import Database
 from balancesync.errors import RightMissing, RunFailed, TargetMismatch
 from balancesync.mapping import Mapping
 from balancesync.model import Request, Run
+from balancesync.nodes import Identity
 from balancesync.part import Progress
 from balancesync.pipeline import begin, chosen_mappings
 from balancesync.records import Records
@@ -52,6 +53,7 @@ class Attempt(ABC):
         self._committed = committed
         self._on_progress = on_progress
         self._on_alive = on_alive
+        self._identity: Identity | None = None
         self._writes = request.mode == "apply"
 
     async def execute(self, wait_s: float, close: Callable[[], None]) -> None:
@@ -71,6 +73,9 @@ class Attempt(ABC):
                 )
                 self.has_read = True
                 parts = await self._parts(session)
+                self._identity = await self._source.identity()
+                known = session.connection if self.recorded else None
+                await self._records.meet(known, self._run, self._identity.run_id)
                 for part in parts:
                     try:
                         await self._work(session, part)

@@ -86,7 +86,7 @@ class Transient(BalanceSyncError):
 
 
 class SourceChanged(Transient):
-    """Redis restarted or changed its role or database during the scan, so the scan is no whole."""
+    """Redis restarted or changed its role or database in mid-run, so what was read is no whole."""
 
 
 class Gap(Transient):

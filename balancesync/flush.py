@@ -95,6 +95,7 @@ class Flusher:
                 if not await session.yield_writer():
                     return None
                 if not opened.recorded:
+                    opened.run.redis_run_id = tracking.identity.run_id
                     await self._records.begin(session.connection, opened.run)
                     opened.recorded = True
                 counts = await self._write(session, changed, tracking, opened)

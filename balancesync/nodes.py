@@ -64,7 +64,7 @@ class Node:
         elif (self.slots, self.epoch) != (after.slots, after.epoch):
             reason = "and its cluster shared out their slots anew"
         if reason:
-            raise SourceChanged(f"Redis at {self.address} {reason} during the scan")
+            raise SourceChanged(f"Redis at {self.address} {reason} in mid-run")
 
 
 @dataclass(frozen=True, slots=True)

@@ -128,7 +128,8 @@ class Pipeline:
     async def _read(self, session: Session, parts: list[Part]) -> None:
         """Scan, stage and diff; a mapping that can't be read as a whole leaves `parts`."""
         identity = await self._source.identity()
-        await self._warn_of_other_redis(session, identity.run_id)
+        known = session.connection if self.recorded else None
+        await self._records.meet(known, self._run, identity.run_id)
         self._sizes = await self._source.dbsize()
         self.has_read = True
         for part in list(parts):
@@ -211,17 +212,6 @@ class Pipeline:
             await writer.prepare()
             parts.append(Part(mapping, reading_of(mapping), writer))
         return parts
-
-    async def _warn_of_other_redis(self, session: Session, run_id: str) -> None:
-        before = self._run.redis_run_id  # of an attempt before
-        self._run.redis_run_id = run_id
-        if before is None and self.recorded:
-            before = await self._records.last_redis(session.connection, self._run.id)
-        if before not in (None, run_id):
-            self._warn(
-                "Redis was restarted or replaced since the last run (its run_id is another):"
-                " its values may have gone back in time"
-            )
 
     async def _judge(self, session: Session, parts: Sequence[Part]) -> None:
         """Ask the guard about every mapping; raises Refused unless losses are accepted."""
@@ -330,6 +320,8 @@ class Pipeline:
         if success and (run.full or self._request.accept_loss):
             baselines = {part.mapping.name: part.baseline for part in parts}
             await self._records.save_baselines(connection, baselines)
+        if success and configured is not None:
+            await self._records.lift_refusals_but(connection, configured)
 
     def _problem(self, parts: Sequence[Part]) -> str:
         problems = list(self._failures)

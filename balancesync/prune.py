@@ -95,7 +95,7 @@ class Prune(Attempt):
         self._on_progress(progress)
         progress.total = await part.rows.put_aside()
         async with (
-            self._source.writing(part.reading) as writing,
+            self._source.writing(part.reading, identity=self._identity) as writing,
             aclosing(part.rows.pages()) as pages,
         ):
             async for page in pages:

@@ -18,6 +18,11 @@ _ABANDONED: Final = """r.status = 'running' AND NOT EXISTS (
         AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
         AND (l.classid::bigint << 32) | l.objid::bigint = r.lock_key)"""
 
+_OTHER_REDIS: Final = (
+    "Redis was restarted or replaced since the last run (its run_id is another): its values may"
+    " have gone back in time"
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Remembered:
@@ -131,10 +136,20 @@ class Records:
         known.refused = any(each.refusal is not None for each in remembered.values())
         return known
 
-    async def last_redis(self, connection: Connection, before: UUID) -> str | None:
-        """The run_id of the Redis that was read by the last run before this one."""
-        found: str | None = await connection.fetchval(self._sql["last_redis"], before)
-        return found
+    async def meet(self, connection: Connection | None, run: Run, run_id: str) -> None:
+        """Keep in `run` which Redis it has met; it warns if the last one to meet any met another.
+
+        Args:
+            connection: to ask for the run before; None if nothing is recorded yet.
+            run: the one under way, maybe of several attempts.
+            run_id: of Redis, new with each start of the server.
+        """
+        before = run.redis_run_id
+        if before is None and connection is not None:
+            before = await connection.fetchval(self._sql["last_redis"], run.id)
+        run.redis_run_id = run_id
+        if before not in (None, run_id) and _OTHER_REDIS not in run.warnings:
+            run.warnings.append(_OTHER_REDIS)
 
     async def unfinished_restore(self, connection: Connection, mapping: str) -> bool:
         """Whether the mapping's last restore hasn't succeeded, so that Redis may be half empty."""
@@ -248,6 +263,10 @@ class Records:
     async def lift_refusals(self, connection: Connection, mappings: Sequence[str]) -> None:
         """Remember that what these mappings had lost is back."""
         await connection.execute(self._sql["lift_refusals"], list(mappings))
+
+    async def lift_refusals_but(self, connection: Connection, mappings: Sequence[str]) -> None:
+        """Lift those of all others, which are configured no more: nobody else ever would."""
+        await connection.execute(self._sql["lift_refusals_but"], list(mappings))
 
     async def forget_old(self, connection: Connection, keep: UUID | None) -> None:
         """Drop what is older than `postgres.keep_runs_days`, at most 10,000 rows a call."""

@@ -72,7 +72,7 @@ class Restore(Attempt):
             self._warn(f'mapping "{part.mapping.name}": the table has no row to restore')
         under_way: tuple[Wanted, Sent] | None = None
         async with (
-            self._source.writing(part.reading) as writing,
+            self._source.writing(part.reading, identity=self._identity) as writing,
             aclosing(part.rows.pages()) as pages,
         ):
             async for page in pages:

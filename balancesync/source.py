@@ -240,13 +240,15 @@ class Source:
                     yield batch
 
     @asynccontextmanager
-    async def writing(self, reading: Reading) -> AsyncIterator[Writing]:
+    async def writing(
+        self, reading: Reading, *, identity: Identity | None = None
+    ) -> AsyncIterator[Writing]:
         """Connections of one's own to write a mapping's records by, for the length of a block.
 
         Raises SourceChanged as `scan` does, at the end of the block, too: what was written may then
         be on a server that is none any more.
         """
-        async with self._holders(reading, None) as (layout, primaries):
+        async with self._holders(reading, identity) as (layout, primaries):
             values = {a: self._values(p.connection, reading) for a, p in primaries.items()}
             pace = Pace(self._config.max_keys_per_second, self._config.scan_count)
             yield Writing(layout, values, reading, pace)
@@ -276,7 +278,7 @@ class Source:
                 await self._check_layout(layout)
             except RedisUnavailable as error:
                 if any(primary.connection.lost for primary in primaries.values()):
-                    raise SourceChanged(f"{error} during the scan") from error
+                    raise SourceChanged(f"{error} in mid-run") from error
                 raise
 
     async def _read(

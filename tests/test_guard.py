@@ -283,6 +283,12 @@ async def test_one_refusal_and_nothing_of_any_mapping_is_written(
     assert run.counts.updated == 1
     assert [*await standing(pg)] == ["cash"]
     await refused(one)
+    # Nor does a run without it while it is configured; once it isn't, nobody else could lift it.
+    other = engine({"name": "points", "key": "points:{user_id}", "table": "points"})
+    await other.good(mode="dry_run")
+    assert [*await standing(pg)] == ["cash"]
+    await other.good()
+    assert await standing(pg) == {}
 
 
 async def test_keys_that_go_after_the_scan_are_refused_before_anything_is_written(

@@ -124,6 +124,8 @@ async def test_every_kind_of_change_follows_in_one_run(
     ended = await daemon.finished(job="live")
     [recorded] = await pg.fetch("SELECT * FROM balancesync.runs WHERE job = 'live'")
     assert (str(recorded["id"]), recorded["status"]) == (ended["id"], "succeeded")
+    read = await pg.fetch("SELECT DISTINCT redis_run_id FROM balancesync.runs")
+    assert len(read) == 1
     assert ended["id"] == run["id"]
     named = ("scanned", "vanished", "rejected", "inserted", "updated", "unchanged", "not_found")
     counts = {name: ended[name] for name in named}

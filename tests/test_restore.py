@@ -459,10 +459,27 @@ async def test_redis_killed_half_way_has_no_half_record_and_a_retry_completes(
     after(made, 1_000, strike)
     run = await restored(made)
     assert run.attempts > 1
+    assert ["restarted or replaced" in warning for warning in run.warnings] == [True]
     assert run.counts.inserted + run.counts.unchanged == 3000
     for fields in seen[0].values():
         assert sorted(fields) == [b"a", b"note"]
     assert (await made.verify()).counts.unchanged == 3000
+    await made.close()
+
+
+async def test_the_first_run_that_meets_another_redis_says_so_be_it_a_restore(
+    accounts: RedisServer, postgres_dsn: str
+) -> None:
+    made = Engine(make_config(postgres_dsn, accounts.url, HASH, retry=RETRY))
+    first = await restored(made)
+    assert (first.warnings, first.redis_run_id is None) == ([], False)
+    accounts.kill()
+    accounts.start()
+    again = await restored(made)
+    assert again.redis_run_id not in (None, first.redis_run_id)
+    assert ["restarted or replaced" in warning for warning in again.warnings] == [True]
+    run = await made.good()
+    assert (run.warnings, run.redis_run_id) == ([], again.redis_run_id)
     await made.close()
 
 

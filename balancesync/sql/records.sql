@@ -129,6 +129,10 @@ ON CONFLICT (mapping) DO UPDATE SET refusal = EXCLUDED.refusal,
 UPDATE {schema}.baselines SET refusal = NULL, refused_at = NULL
 WHERE mapping = ANY($1::text[]) AND refusal IS NOT NULL;
 
+-- name: lift_refusals_but
+UPDATE {schema}.baselines SET refusal = NULL, refused_at = NULL
+WHERE mapping <> ALL($1::text[]) AND refusal IS NOT NULL;
+
 -- name: forget_pruned
 DELETE FROM {schema}.pruned WHERE mapping = $1;
 
