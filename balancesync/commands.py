@@ -34,7 +34,7 @@ from balancesync.errors import (
 )
 from balancesync.history import History
 from balancesync.mapping import InvalidKey, Mapping
-from balancesync.model import Mode, Request
+from balancesync.model import WOULD_BE_REFUSED, Mode, Request
 from balancesync.progress import follow
 from balancesync.records import Records
 from balancesync.source import Source
@@ -150,13 +150,20 @@ async def _run(config: Config, args: Namespace, request: Request, *, wait_s: flo
 
 def _say_drift(document: Document, *, quiet: bool) -> int:
     drift = sum(document[name] for name in ("inserted", "updated", "deleted"))
+    lost = any(warning.startswith(WOULD_BE_REFUSED) for warning in document["warnings"])
     if not quiet and document.get("error") is None:
-        show.write(
-            f"{drift:,} rows differ: PostgreSQL is behind Redis"
-            if drift
-            else "Redis and PostgreSQL agree"
-        )
-    return _DRIFT if drift else 0
+        show.write(_verdict(document, drift, lost=lost))
+    return _DRIFT if drift or lost else 0
+
+
+def _verdict(document: Document, drift: int, *, lost: bool) -> str:
+    if drift:
+        return f"{drift:,} rows differ: PostgreSQL is behind Redis"
+    if lost:
+        return "Redis has lost balances: what is left of them agrees with PostgreSQL"
+    besides = {"rejected": "rejects", "not_found": "keys without a row"}
+    but = [f"{document[name]:,} {what}" for name, what in besides.items() if document[name]]
+    return "Redis and PostgreSQL agree" + (", but for " + " and ".join(but) if but else "")
 
 
 @contextmanager

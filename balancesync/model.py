@@ -8,6 +8,9 @@ from decimal import Decimal
 from typing import Final, Literal
 from uuid import UUID
 
+# How a warning begins that tells what the guard thinks of a dry run or verify.
+WOULD_BE_REFUSED: Final = "a sync would be refused"
+
 Job = Literal["sync", "verify", "restore", "prune", "live"]
 Mode = Literal["apply", "dry_run", "verify"]
 Status = Literal[

@@ -89,9 +89,13 @@ class Part:
         if baseline is not None and baseline.pruned:
             away = baseline.pruned - await self.writer.count_pruned_back()
             baseline = replace(baseline, pruned=away)
-        if baseline is None and self.mapping.config.mode == "upsert":
+        if baseline is None and self._is_ours:
             # Before a first success all rows of a table of our own count as known.
             baseline = Baseline(present=self.diff.target_rows, absent=0)
+        elif baseline is not None and baseline.present == baseline.pruned and self._is_ours:
+            # With nothing left of that success, what was written since is all that is known.
+            since = self.diff.target_rows - baseline.absent - baseline.pruned
+            baseline = Baseline(present=max(since, 0), absent=baseline.absent + baseline.pruned)
         seen = Observed(
             present=self.present,
             absent=self.diff.absent,
@@ -107,6 +111,10 @@ class Part:
             max_loss=limits.max_loss,
             max_change=limits.max_change,
         )
+
+    @property
+    def _is_ours(self) -> bool:
+        return self.mapping.config.mode == "upsert"
 
     @property
     def baseline(self) -> Baseline:

@@ -15,7 +15,14 @@ from balancesync.database import Database, Steps
 from balancesync.errors import ConfigError, MappingFailed, Refused, RunFailed, TargetMismatch
 from balancesync.history import History
 from balancesync.mapping import Mapping
-from balancesync.model import Refusal, Request, Run, Stamp, exceeds
+from balancesync.model import (
+    WOULD_BE_REFUSED,
+    Refusal,
+    Request,
+    Run,
+    Stamp,
+    exceeds,
+)
 from balancesync.part import Part, Progress, RejectLog, reading_of, scan
 from balancesync.records import Records, Remembered
 from balancesync.report import Report, describe, reread, spare_present
@@ -228,7 +235,7 @@ class Pipeline:
             refusals = await self._judge_size(parts)
         sentences = [f'mapping "{each.mapping}": {each.reason}' for each in refusals]
         if self._request.accept_loss or self._request.mode != "apply":
-            said = "accepted" if self._request.accept_loss else "a sync would be refused"
+            said = "accepted" if self._request.accept_loss else WOULD_BE_REFUSED
             for sentence in sentences:
                 self._warn(f"{said}: {sentence}")
         elif refusals:

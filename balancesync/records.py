@@ -268,6 +268,11 @@ class Records:
         """Lift those of all others, which are configured no more: nobody else ever would."""
         await connection.execute(self._sql["lift_refusals_but"], list(mappings))
 
+    async def remember_restored(self, connection: Connection, mapping: str, keys: int) -> None:
+        """Remember that so many `keys` are in Redis again: the guard is to miss them."""
+        await connection.execute(self._sql["remember_restored"], mapping, keys)
+        await connection.execute(self._sql["forget_pruned"], mapping, timeout=NO_LIMIT)
+
     async def forget_old(self, connection: Connection, keep: UUID | None) -> None:
         """Drop what is older than `postgres.keep_runs_days`, at most 10,000 rows a call."""
         days = self._database.config.keep_runs_days

@@ -188,6 +188,10 @@ class Restore(Attempt):
     async def _remember(self, session: Session, parts: Sequence[Part]) -> None:
         names = [part.mapping.name for part in parts]
         await self._records.lift_refusals(session.connection, names)
+        for part in parts:
+            counts = part.counts
+            put = counts.inserted + counts.updated + counts.unchanged
+            await self._records.remember_restored(session.connection, part.mapping.name, put)
 
     def _kept(self, parts: Sequence[Part]) -> str:
         """What is to be said of records that were left as they are, if any."""

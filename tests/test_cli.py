@@ -284,6 +284,19 @@ async def test_verify_exits_1_on_drift(run: Run, redis: Redis, pg: asyncpg.Conne
     assert (answer.code, answer.document["updated"]) == (1, 1)
 
 
+async def test_verify_finds_no_agreement_in_an_empty_redis(run: Run, redis: Redis) -> None:
+    await redis.mset({f"balance:{n}": "1" for n in range(10)} | {"balance:10": "x"})
+    await run("sync")
+    answer = await run("verify")
+    assert answer.code == 0
+    assert answer.out.endswith("Redis and PostgreSQL agree, but for 1 rejects\n")
+    await redis.flushall()
+    answer = await run("verify")
+    assert answer.code == 1
+    assert "Redis has lost balances" in answer.out
+    assert "Redis and PostgreSQL agree" not in answer.out
+
+
 async def test_refused_exits_3_until_the_loss_is_accepted(run: Run, redis: Redis) -> None:
     await redis.mset({f"balance:{n}": "1" for n in range(10)})
     await run("sync")

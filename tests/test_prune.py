@@ -140,6 +140,34 @@ async def test_all_may_be_pruned(engine: Make, redis: Redis, pg: asyncpg.Connect
     assert run.warnings == ['mapping "balances": Redis has no key of it']
 
 
+async def test_what_a_restore_brings_back_is_missed_when_it_goes(
+    engine: Make, redis: Redis, pg: asyncpg.Connection
+) -> None:
+    made = engine({}, prune=ON)
+    await fill(redis, range(100))
+    assert (await made.sync()).status == "succeeded"
+    await idle(pg, range(100))
+    await pruned(made)
+    # With all of them pruned, no key is known any more.
+    assert (await made.sync()).status == "succeeded"
+    assert (await made.sync(job="restore")).counts.inserted == 100
+    assert await written(pg) == set()
+    await redis.flushall()
+    assert (await made.sync()).status == "refused"
+
+
+async def test_what_was_written_since_an_empty_success_is_missed_when_it_goes(
+    engine: Make, redis: Redis
+) -> None:
+    made = engine({})
+    assert (await made.sync()).status == "succeeded"
+    await fill(redis, range(100))
+    # No run of one mapping moves what is known.
+    assert (await made.sync(mapping="balances")).counts.inserted == 100
+    await redis.flushall()
+    assert (await made.sync()).status == "refused"
+
+
 @pytest.mark.parametrize("kind", ["string", "hash", "json", "member"])
 async def test_only_what_postgres_holds_whole_goes(
     engine: Make, redis: Redis, pg: asyncpg.Connection, kind: str

@@ -133,6 +133,12 @@ WHERE mapping = ANY($1::text[]) AND refusal IS NOT NULL;
 UPDATE {schema}.baselines SET refusal = NULL, refused_at = NULL
 WHERE mapping <> ALL($1::text[]) AND refusal IS NOT NULL;
 
+-- name: remember_restored
+-- Keys that were absent at the last success are known from now on, too.
+UPDATE {schema}.baselines SET present = greatest(present, $2),
+    absent = greatest(absent - greatest($2 - present, 0), 0), pruned = 0
+WHERE mapping = $1 AND present IS NOT NULL;
+
 -- name: forget_pruned
 DELETE FROM {schema}.pruned WHERE mapping = $1;
 

@@ -82,6 +82,8 @@ CREATE TABLE {schema}.histories (
 -- runs changed is in no history.
 ALTER TABLE {schema}.runs ADD COLUMN step integer;
 ALTER TABLE {schema}.runs ADD COLUMN recorded_at timestamptz NOT NULL DEFAULT now();
+-- Live mode adds a run a minute: what looks for the others must not walk over them.
+CREATE INDEX runs_not_live ON {schema}.runs (id) WHERE job <> 'live';
 CREATE INDEX runs_before_history ON {schema}.runs (recorded_at)
     WHERE step IS NULL AND mode = 'apply';
 
