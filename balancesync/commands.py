@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import asdict, replace
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args
 
 from balancesync import check as checks
 from balancesync import overview, service, show, standing, telemetry
@@ -34,7 +34,7 @@ from balancesync.errors import (
 )
 from balancesync.history import History
 from balancesync.mapping import InvalidKey, Mapping
-from balancesync.model import WOULD_BE_REFUSED, Mode, Request
+from balancesync.model import WOULD_BE_REFUSED, Mode, Reason, Request
 from balancesync.progress import follow
 from balancesync.records import Records
 from balancesync.source import Source
@@ -198,6 +198,11 @@ def _stopping(work: Sync) -> Iterator[None]:
 
 async def rejects(config: Config, args: Namespace) -> int:
     """What couldn't be stored."""
+    if args.mapping is not None:
+        _the_mapping(config, args.mapping)
+    reasons = get_args(Reason)
+    if args.reason is not None and args.reason not in reasons:
+        raise ConfigError(f"--reason must be one of {', '.join(reasons)}")
     async with _records(config) as (records, connection):
         found = await records.rejects(
             connection,

@@ -414,7 +414,16 @@ async def test_rejects_are_printable_and_exact(run: Run, redis: Redis) -> None:
     few = (await run("rejects", "--json", "--reason", "too_many_decimals")).document
     assert [reject["key"] for reject in few] == ["balance:1"]
     assert len((await run("rejects", "--json", "--limit", "2")).document) == 2
-    assert (await run("rejects", "--mapping", "other")).out == "no rejects\n"
+    assert (await run("rejects", "--reason", "residue")).out == "no rejects\n"
+
+
+@pytest.mark.parametrize(
+    ("option", "named"), [("--mapping", "it has balances"), ("--reason", "one of key_syntax, ")]
+)
+async def test_a_name_that_is_none_is_no_answer(run: Run, option: str, named: str) -> None:
+    answer = await run("rejects", option, "nope")
+    assert (answer.code, answer.out, len(answer.err.splitlines())) == (2, "", 1)
+    assert named in answer.err
 
 
 async def test_healed_rejects_are_shown_on_demand(run: Run, redis: Redis) -> None:
