@@ -57,6 +57,8 @@ class Probing:
         self._refresh_at = 0.0
         self._sample_due = False
         self._size: int | None = None
+        # Read before the size was: what is pruned meanwhile is then never taken for lost.
+        self._pruned = 0
         self._pause = _TROUBLED_S
         self._retry_at = 0.0
 
@@ -161,18 +163,45 @@ class Probing:
         ]
         if run["status"] == "succeeded" and counted:
             self._size = max(counted)
+            # The guard counts them anew from each success on.
+            self._pruned = 0
 
     async def _watch_size(self) -> None:
-        """Ask for a run at once when Redis has lost keys: the guard then says so at once, too."""
+        """Ask for a run at once when Redis has lost keys: the guard then says so at once, too.
+
+        Those that `balancesync prune` has taken out are none of them.
+        """
+        pruned = await self._count_pruned()
         try:
             size = sum((await self._source.dbsize()).values())
         except BalanceSyncError as error:
             log.debug("DBSIZE could not be asked", error=str(error))
             return
         before, self._size = self._size, size
-        if before and size < before * (1 - self._config.guard.max_loss):
-            log.error("Redis has lost keys", before=before, now=size)
+        pruned_before, self._pruned = self._pruned, pruned
+        if not before or size >= self._least(before):
+            return
+        now = await self._count_pruned()
+        # Another process's success has it counted anew.
+        gone = now - pruned_before if now >= pruned_before else now
+        if size < self._least(before - gone):
+            log.error("Redis has lost keys", before=before, now=size, pruned=gone)
             self._runner.submit(Request("sync", "recovery"))
+
+    def _least(self, known: int) -> float:
+        return known * (1 - self._config.guard.max_loss)
+
+    async def _count_pruned(self) -> int:
+        """How many keys were pruned since the last success; what was known if none can be asked."""
+        try:
+            found = await self._database.ask(self._records.remembered, _ANSWER_S)
+        except BalanceSyncError as error:
+            log.debug("pruned keys could not be counted", error=str(error))
+            return self._pruned
+        # The fields of a big hash are no keys.
+        names = [config.name for config in self._config.mapping if not config.member]
+        known = [found[name].baseline for name in names if name in found]
+        return sum(baseline.pruned for baseline in known if baseline is not None)
 
     def _recover(self) -> None:
         """Start what was postponed, ever less often while it goes on failing."""

@@ -12,6 +12,7 @@ from uuid import uuid4
 
 import asyncpg
 import pytest
+from engine import Engine
 from proxy import Proxy
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
@@ -663,6 +664,37 @@ async def test_a_redis_that_comes_back_empty_is_refused_at_once(
         assert inside.runner.owed == {}
         await fill_server(server)
         assert (await inside.api.sync())["status"] == "succeeded"
+
+
+async def test_what_is_pruned_is_no_loss(
+    quick: None, postgres_dsn: str, redis_url: str, redis: Redis, engine: Callable[..., Engine]
+) -> None:
+    await fill(redis)
+
+    async def asked() -> int:
+        return int((await redis.info("commandstats"))["cmdstat_dbsize"]["calls"])
+
+    async def probed() -> None:
+        """Wait until Redis' size has been asked since now, and judged."""
+        seen = await asked()
+        async with asyncio.timeout(20):
+            # Redis tells nobody.
+            while (await asked()) < seen + 3:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+
+    async with Inside(daemon_config(postgres_dsn, redis_url)) as inside:
+        await inside.leads()
+        await inside.api.sync()
+        await probed()
+        pruned = await engine(prune={"enabled": True}).sync(job="prune")
+        assert (pruned.status, pruned.counts.deleted) == ("succeeded", KEYS)
+        await probed()
+        assert inside.log.all("run_queued", trigger="recovery") == []
+        # What goes beside them is one.
+        await fill(redis)
+        await probed()
+        await redis.flushdb()
+        await inside.finished(trigger="recovery")
 
 
 # --- beginning and ending -------------------------------------------------------------------------
