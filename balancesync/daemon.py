@@ -70,6 +70,7 @@ class Daemon:
             metrics=self.metrics,
         )
         self.runner.settle = self._live.settle if self._live.enabled else None
+        self._probing.on_cleared = self._live.ask_again
         self._web = Web(
             config,
             self._database,

@@ -148,6 +148,15 @@ class Live:
         self._tracking.miss("it was restarted on demand")
         return True
 
+    def ask_again(self) -> None:
+        """Ask for the full run that is missing, if any, at once: another process has cleared up.
+
+        Its own run may have begun to read before the gap, and by another clock: it closes none.
+        """
+        if not self._caught_up:
+            self._asked_at = -inf
+            self._nudge()
+
     async def settle(self) -> None:
         """Wait until what changed before now is in PostgreSQL, some seconds at most."""
         if self._state.live != "up":

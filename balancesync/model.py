@@ -201,12 +201,16 @@ class Run:
 
 @dataclass(slots=True)
 class Known:
-    """What PostgreSQL knows of the runs before: times in seconds since 1970, counts by mapping."""
+    """What PostgreSQL knows of the runs before: times in seconds since 1970, counts by mapping.
+
+    `full_success` is the last succeeded full apply run, whichever process made it.
+    """
 
     last_success: dict[str, float] = field(default_factory=dict)
     rejects: dict[str, int] = field(default_factory=dict)
     drift: dict[str, int] = field(default_factory=dict)
     refused: bool = False
+    full_success: UUID | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,11 +1,12 @@
 """Asking both servers over and over how they are, and what follows: recovery runs, early alarms."""
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from collections.abc import Mapping as Dictionary
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, Final
+from uuid import UUID
 
 import structlog
 
@@ -14,7 +15,7 @@ from balancesync.database import Database
 from balancesync.errors import BalanceSyncError
 from balancesync.mapping import Mapping
 from balancesync.metrics import Metrics
-from balancesync.model import Request
+from balancesync.model import Known, Request
 from balancesync.overview import Server, probe_postgres, probe_redis
 from balancesync.part import reading_of
 from balancesync.records import Records
@@ -33,7 +34,10 @@ log = structlog.get_logger("balancesync")
 
 
 class Probing:
-    """Keeps `state.redis` and `state.postgres` true, and asks the runner for what is owed."""
+    """Keeps `state.redis` and `state.postgres` true, and asks the runner for what is owed.
+
+    `on_cleared` is called when another process has made a full success or lifted a refusal.
+    """
 
     def __init__(
         self,
@@ -53,7 +57,9 @@ class Probing:
         self._publish = publish
         self._runner = runner
         self._metrics = metrics
+        self.on_cleared: Callable[[], None] = lambda: None
         self._records = Records(database)
+        self._known: Known | None = None
         self._refresh_at = 0.0
         self._sample_due = False
         self._size: int | None = None
@@ -88,6 +94,7 @@ class Probing:
         if kind == "run_finished" and document["job"] != "live":
             self._refresh_at = 0.0
             self._remember_size(document)
+            self._remember_success(document)
             self._sample_due |= document["status"] == "succeeded" and document["mode"] == "apply"
 
     async def record_late(self) -> None:
@@ -123,7 +130,23 @@ class Probing:
 
     async def _ask_postgres(self) -> None:
         # Before the first leader, and for whoever may not make it, there's no schema.
-        self._metrics.remember(await self._database.ask(self._records.known, _ANSWER_S))
+        known = await self._database.ask(self._records.known, _ANSWER_S)
+        self._metrics.remember(known)
+        before, self._known = self._known, known
+        if before is None:
+            return
+        current = self._runner.current
+        # PostgreSQL knows of a success a moment before it's told here.
+        is_own = current is not None and current.run.id == known.full_success
+        lifted = before.refused and not known.refused
+        if not is_own and (lifted or known.full_success != before.full_success):
+            self.on_cleared()
+
+    def _remember_success(self, run: Dictionary[str, Any]) -> None:
+        """A full success of this daemon is no news when PostgreSQL tells of it."""
+        is_full = run["job"] == "sync" and run["mode"] == "apply" and run["mapping"] is None
+        if is_full and run["status"] == "succeeded" and self._known is not None:
+            self._known = replace(self._known, refused=False, full_success=UUID(run["id"]))
 
     async def _ask_redis(self) -> None:
         facts = await self._source.facts()

@@ -134,6 +134,8 @@ class Records:
             known.drift = {name: counts.written for name, counts in run.mappings.items()}
         remembered = await self.remembered(connection)
         known.refused = any(each.refusal is not None for each in remembered.values())
+        success = await connection.fetchrow(self._sql["last_success"])
+        known.full_success = None if success is None else success["id"]
         return known
 
     async def meet(self, connection: Connection | None, run: Run, run_id: str) -> None:

@@ -217,6 +217,29 @@ async def test_full_runs_are_asked_for_no_more_often_than_allowed_and_any_will_d
     assert (await rows(pg))[1] == Decimal("2.00")
 
 
+@pytest.mark.parametrize("job", ["restore", "sync"])
+async def test_what_another_process_has_cleared_up_is_not_waited_for(
+    start: Start,
+    redis: Redis,
+    engine: Callable[..., Engine],
+    monkeypatch: pytest.MonkeyPatch,
+    job: Job,
+) -> None:
+    monkeypatch.setattr(probing, "_REFRESH_S", 0.1)
+    daemon = await start(live={"rescan_interval": 3600})
+    await daemon.api.until_sample("guard_refused", lambda value: value == 0)
+    await (redis.flushall() if job == "restore" else kill_tracking(redis))
+    await daemon.log.next("live", state="catching up", reason="waiting for a full run")
+    if job == "restore":
+        await daemon.api.sync()
+        await daemon.api.until_sample("guard_refused", lambda value: value == 1)
+    made = engine()
+    work = Sync(made.config, made.database, made.source)
+    assert (await work.run(Request(job, "cli"), wait_s=20)).status == "succeeded"
+    await daemon.finished(trigger="live", status="succeeded", unchanged=KEYS)
+    await daemon.log.next("live", state="up")
+
+
 async def test_too_many_pending_keys_are_forgotten_for_a_full_run(
     start: Start, redis: Redis, pg: asyncpg.Connection
 ) -> None:
