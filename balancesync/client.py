@@ -1,6 +1,7 @@
 """Asking a running daemon over its own HTTP API, as the commands do."""
 
 import json
+import os
 from collections.abc import AsyncGenerator
 from typing import Final
 
@@ -76,8 +77,19 @@ class Client:
         )
 
     def _unavailable(self, error: Exception) -> BalanceSyncError:
-        said = str(error).splitlines()[0] if str(error) else "no answer in time"
-        return DaemonUnavailable(f"no daemon answers at {self.address}: {said}")
+        # The library's own words on a refused connection speak of TLS, not of a daemon.
+        if isinstance(error, aiohttp.ClientConnectorError):
+            code, said = error.os_error.errno or 0, error.os_error.strerror or "no connection"
+            # A name that can't be resolved has a number below 0, and a text of its own.
+            said = os.strerror(code) if code > 0 else said
+        elif isinstance(error, TimeoutError):
+            said = "no answer in time"
+        else:
+            said = (str(error).splitlines() or ["no answer"])[0]
+        return DaemonUnavailable(
+            f"no daemon answers at {self.address}: {said}; start one with `balancesync run`, or set"
+            " http.host and http.port to where it listens"
+        )
 
 
 async def _check(answer: aiohttp.ClientResponse) -> Document:

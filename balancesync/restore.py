@@ -199,14 +199,24 @@ class Restore(Attempt):
         if not kept:
             return ""
         told = "; ".join(
-            f'mapping "{part.mapping.name}": {part.counts.kept:,} keys hold another value and'
-            f" {'were left' if self._writes else 'would be left'}, the first is"
+            f'mapping "{part.mapping.name}": {_keys_hold(part.counts.kept)} another value and'
+            f" {self._left(part.counts.kept)}, the first is"
             f" {show(part.first_kept)}"
             for part in kept
         )
         if self._request.overwrite:
             return f"{told}. They hold another type, or a field where the row has NULL"
+        look = "See them with `balancesync restore --dry-run`; if" if self._writes else "If"
         return (
-            f"{told}. See them with `balancesync restore --dry-run`; if PostgreSQL is right, run it"
-            " with --overwrite, if Redis is, `balancesync sync`"
+            f"{told}. {look} PostgreSQL is right, restore with --overwrite, if Redis is,"
+            " `balancesync sync`"
         )
+
+    def _left(self, number: int) -> str:
+        if not self._writes:
+            return "would be left"
+        return "was left" if number == 1 else "were left"
+
+
+def _keys_hold(number: int) -> str:
+    return "1 key holds" if number == 1 else f"{number:,} keys hold"

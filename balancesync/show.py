@@ -219,11 +219,15 @@ def _show_report(report: Document, counts: Document, mode: str) -> None:
     title = "would change" if mode == "dry_run" else "differs"
     columns = [*rows[0]["key"], *(rows[0]["new"] or rows[0]["old"])]
     values = columns[len(rows[0]["key"]) :]
-    made = Grid(title, *columns)
-    for row in rows:
-        cells = [_cell(text) for text in row["key"].values()]
-        made.add_row(row["op"], *cells, *(move_text(row, name) for name in values))
-    write("", made)
+    moved = [row for row in rows if row["op"] != "keep"]
+    kept = [row for row in rows if row["op"] == "keep"]
+    for head, chosen in ((title, moved), ("would be left", kept)):
+        made = Grid(head, *columns)
+        for row in chosen:
+            cells = [_cell(text) for text in row["key"].values()]
+            made.add_row(row["op"], *cells, *(move_text(row, name) for name in values))
+        if chosen:
+            write("", made)
     done = {"insert": "inserted", "update": "updated", "delete": "deleted", "keep": "kept"}
     for op, name in done.items():
         more = counts[name] - sum(row["op"] == op for row in rows)
@@ -246,6 +250,8 @@ def move_text(row: Document, column: str) -> Text:
         return Text.assemble(_cell(old), " → gone")
     if old == new:
         return _cell(new)
+    if row["op"] == "keep":
+        return Text.assemble(_cell(old), ", not ", _cell(new))
     return Text.assemble(_cell(old), " → ", _cell(new))
 
 

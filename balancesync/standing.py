@@ -46,7 +46,9 @@ def _verdict(status: Document) -> Text:
     kept = f"everything up to {until} UTC is in PostgreSQL"
     if not status["postgres"]["connected"]:
         what = f"; {kept}, the rest is in Redis alone" if until else ""
-        return Text(f"PostgreSQL doesn't answer{what}", _LEVELS["act"])
+        alone = status["redis"]["connected"]
+        who = "PostgreSQL doesn't answer" if alone else "neither PostgreSQL nor Redis answers"
+        return Text(f"{who}{what}", _LEVELS["act"])
     if status["refusal"]:
         what = f"{kept}, and stays as it is" if until else "nothing is written"
         return Text(f"stopped by the guard: {what}", _LEVELS["act"])

@@ -102,6 +102,12 @@ def test_a_report_tells_every_kind_of_change(capsys: pytest.CaptureFixture[str])
             "new": {"x": "1", "y": "3"},
         },
         {"op": "delete", "key": {"id": "c"}, "old": {"x": "5", "y": "6"}, "new": None},
+        {
+            "op": "keep",
+            "key": {"id": "d"},
+            "old": {"x": "0.00", "y": "1"},
+            "new": {"x": "1.01", "y": "1"},
+        },
     ]
     report = {"mapping": "m", "rows": rows, "totals": {"x": "-4", "y": "0.00"}}
     counts = {name: RUN.get(name, 0) for name in show._COUNTS} | {"deleted": 3}
@@ -113,6 +119,8 @@ def test_a_report_tells_every_kind_of_change(capsys: pytest.CaptureFixture[str])
     assert ["insert", '"a\\x1b[2Jb"', "1", "NULL"] in cells
     assert ["update", "b", "1", "2 → 3"] in cells
     assert ["delete", "c", "5 → gone", "6 → gone"] in cells
+    assert ["would be left", "id", "x", "y"] in cells
+    assert ["keep", "d", "0.00, not 1.01", "1"] in cells
     assert "... and 2 more to delete" in out
     assert "the total of x would change by -4\n" in out
     assert "the total of y would stay the same\n" in out

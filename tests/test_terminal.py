@@ -205,6 +205,7 @@ GOOD: dict[str, Any] = {
 REFUSAL = [{"mapping": "m", "reason": "no key", "refused_at": None}]
 OVERDUE = {"checks": {"last_success": {"status": "failed", "detail": ""}}}
 UNTIL = "everything up to 2026-01-31 02:00:00 UTC is in PostgreSQL"
+BOTH_DOWN = "neither PostgreSQL nor Redis answers"
 
 
 LIVE: dict[str, Any] = {
@@ -238,6 +239,8 @@ def test_a_daemon_tells_more(capsys: pytest.CaptureFixture[str]) -> None:
         ({"redis": DOWN}, f"Redis doesn't answer; {UNTIL}"),
         ({"postgres": DOWN}, f"PostgreSQL doesn't answer; {UNTIL}, the rest is in Redis alone"),
         ({"postgres": DOWN, "safe_until": None}, "PostgreSQL doesn't answer"),
+        ({"postgres": DOWN, "redis": DOWN, "safe_until": None}, BOTH_DOWN),
+        ({"postgres": DOWN, "redis": DOWN}, f"{BOTH_DOWN}; {UNTIL}, the rest is in Redis alone"),
         ({"refusal": REFUSAL}, f"stopped by the guard: {UNTIL}, and stays as it is"),
         ({"safe_until": None}, "nothing is in PostgreSQL yet: no sync has succeeded"),
         (
