@@ -265,9 +265,20 @@ async def test_a_lost_connection_shows_and_heals(
         await daemon.api.sync()
         await page.until("#verdict-title", "Safe")
         await page.until("#connection", "Connected")
+        # Before the daemon has answered, nothing is told.
+        markup = await (await page.page.request.get(address(config))).text()
+        assert "Nothing has run yet" not in markup
+        assert "None: every record" not in markup
         await daemon.stop()
         await page.until("#verdict-title", "Connection lost")
         assert await page.page.is_disabled("#sync")
+        # What was last heard is told as that, and as nothing more.
+        for tile in ("#redis", "#postgres", "#live", "#open"):
+            assert " as of " in await page.text(tile)
+            assert await page.text(f"{tile} span") == "unknown"
+        assert await page.text("#state") == await page.text("#next") == "unknown"
+        assert "Safe" not in await page.text("#verdict")
+        assert await page.page.is_hidden("#current")
         # The browser's own lines.
         await page.look("connection-lost", despite="net::ERR_")
         async with Inside(config) as again:

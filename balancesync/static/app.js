@@ -15,6 +15,7 @@ const ENDED = (run) => !["queued", "running"].includes(run.status);
 const state = {
   status: null,
   readAt: 0, // of performance.now()
+  heard: 0, // when the daemon answered last, by its own clock
   behind: 0,
   runs: new Map(), // by id; the newest KEPT_RUNS that have ended
   knows: false, // whether no run can have been missed since they were read
@@ -59,6 +60,7 @@ async function load() {
   const { document: status, behind } = await read("status");
   const before = state.status;
   Object.assign(state, { status, behind, readAt: performance.now() });
+  state.heard = now();
   if (status.last_run) take(status.last_run);
   // A run of another process tells of itself by the records alone.
   const moved = before && before.last_run?.id !== status.last_run?.id;
@@ -151,7 +153,8 @@ function render() {
   if (status) {
     showSafety();
     view.showState(status);
-    view.showServers(status);
+    if (state.lost !== null) view.say("state", "unknown", "pill");
+    view.showServers(status, state.lost === null ? null : words.moment(state.heard, now()));
     if (isNew("refusal", status.refusal)) view.showRefusal(status, now());
     if (isNew("rejects", status.rejects)) {
       view.showRejects(status, (row) => act("samples", () => samples(row)));
@@ -172,13 +175,14 @@ function isNew(part, value) {
 }
 
 function showSafety() {
-  const found = words.verdict(state.status, now());
-  if (state.lost === null) return view.showVerdict(found);
-  const then = words.moment(state.lost, now());
+  const { status, lost, heard } = state;
+  if (lost === null) return view.showVerdict(words.verdict(status, now()));
+  const until = status.safe_until;
+  const kept = until ? `: everything up to ${words.moment(until, now())} was in PostgreSQL` : "";
   view.showVerdict({
     level: "bad",
     title: "Connection lost: the daemon doesn't answer",
-    detail: `Since ${then}. What it said before: ${found.title}.`,
+    detail: `What is shown is as of ${words.moment(heard, now())}${kept}. How it stands now isn't known.`,
   });
 }
 
@@ -204,7 +208,7 @@ function showRuns() {
 }
 
 function showCurrent() {
-  const run = state.status.current_run;
+  const run = state.lost === null ? state.status.current_run : null;
   const progress = run?.progress;
   view.showCurrent(run, state.status.queued_runs.length, progress ? pace(progress) : {});
 }
@@ -212,6 +216,7 @@ function showCurrent() {
 function tick() {
   if (!state.status) return;
   view.showTimes(state.status, (performance.now() - state.readAt) / 1000, now());
+  if (state.lost !== null) view.say("next", "unknown");
 }
 
 // --- acting ----------------------------------------------------------------------------------

@@ -76,21 +76,25 @@ export function showTimes(status, elapsed, now) {
   say("next", next ? due + owner : "none planned");
 }
 
-export function showServers(status) {
+// `then`: when the daemon was heard last, if it isn't any more; null while it is.
+export function showServers(status, then) {
+  const show = then
+    ? (id, text) => tile(id, "unknown", "", `${words.capital(text)} as of ${then}`)
+    : tile;
   for (const name of ["redis", "postgres"]) {
     const server = status[name];
     const detail = server.connected
       ? `Version ${server.version}, answers in ${server.latency_ms.toFixed(1)} ms`
       : server.error;
-    tile(name, server.connected ? "up" : "down", server.connected ? "ok" : "bad", detail);
+    show(name, server.connected ? "up" : "down", server.connected ? "ok" : "bad", detail);
   }
   const level = { off: "", up: "ok", "catching up": "warn", down: "bad" }[status.live];
-  tile("live", status.live, level, words.live(status));
+  show("live", status.live, level, words.live(status));
   const rows = words.rejectsOf(status);
   const sum = rows.reduce((total, row) => total + row.number, 0);
   const over = status.health.checks.rejects?.status === "degraded";
   const kinds = rows.length > 1 ? `${words.plural(rows.length, "kind", "kinds")}, most: ${rows[0].name}` : rows[0]?.name;
-  tile("open", status.rejects ? words.count(sum) : "unknown", sum ? (over ? "bad" : "warn") : "",
+  show("open", status.rejects ? words.count(sum) : "unknown", sum ? (over ? "bad" : "warn") : "",
     kinds ?? (status.rejects ? "Every record could be stored" : "PostgreSQL has never answered"));
 }
 
@@ -165,6 +169,7 @@ function runRows(run, now) {
 
 export function showRejects(status, onSamples) {
   const rows = words.rejectsOf(status);
+  say("rejects-none", "None: every record that Redis holds could be stored.");
   byId("rejects-none").hidden = rows.length > 0 || !status.rejects;
   byId("rejects").parentElement.hidden = rows.length === 0;
   if (!rows.length) byId("samples").hidden = true;
