@@ -15,7 +15,7 @@ from engine import Engine, Twice, make_config
 from redis.asyncio import Redis
 
 from balancesync.embedded import PostgresServer, RedisServer
-from balancesync.errors import ConfigError, RunFailed
+from balancesync.errors import ConfigError, RightMissing, RunFailed
 from balancesync.model import RawBatch
 from balancesync.nodes import Identity
 from balancesync.reading import Reading
@@ -408,7 +408,7 @@ async def test_redis_user_who_may_not(
     try:
         url = urlsplit(redis_url)
         limited = url._replace(netloc=f"limited:s3cret@{url.hostname}:{url.port}").geturl()
-        line = await engine(redis={"url": limited}).failed(ConfigError)
+        line = await engine(redis={"url": limited}).failed(RightMissing)
     finally:
         await redis.acl_deluser("limited")
     assert command.upper() in line

@@ -44,5 +44,5 @@ async def test_large_documents_do_not_hold_up_the_loop(
     async with turns() as spent:
         run = await one.good()
     assert run.counts.inserted == DOCUMENTS
-    # All of them in one go are 0.7 s.
-    assert max(spent) < 0.2
+    # All of them in one go would be nearly all that the run takes.
+    assert max(spent) < sum(spent) / 2
