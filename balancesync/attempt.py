@@ -1,60 +1,64 @@
-"""One attempt at a run that goes the other way: PostgreSQL's rows, and Redis' records for them."""
+"""One attempt at a run: what all kinds of them share. `sync` makes them, one after the other."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import ClassVar
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
 
-from balancesync import table as tables
 from balancesync.apply import Applied
 from balancesync.config import Config, MappingConfig
-from balancesync.database import Database
-from balancesync.errors import RightMissing, RunFailed, TargetMismatch
-from balancesync.mapping import Mapping
+from balancesync.database import Database, Steps
+from balancesync.errors import ConfigError
 from balancesync.model import Request, Run
 from balancesync.nodes import Identity
 from balancesync.part import Progress
-from balancesync.pipeline import begin, chosen_mappings
 from balancesync.records import Records
 from balancesync.report import Report
-from balancesync.rows import Rows, Selection
 from balancesync.session import Session
 from balancesync.source import Source
-from balancesync.table import Table
-from balancesync.wanted import Part
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What the attempts of one run have in common.
+
+    `committed` is what they applied, by mapping. `on_progress` is called at least once a batch;
+    what it raises ends the attempt there. `on_alive` is called during a long statement, whenever
+    PostgreSQL proves to be at work on it. `settle` waits for live mode to have brought over what
+    changed before.
+    """
+
+    config: Config
+    database: Database
+    source: Source
+    run: Run
+    request: Request
+    on_progress: Callable[[Progress], None]
+    on_alive: Callable[[], None]
+    settle: Callable[[], Awaitable[None]]
+    committed: dict[str, Applied] = field(default_factory=dict)
 
 
 class Attempt(ABC):
-    """Made and driven as `pipeline.Pipeline` is."""
+    """One attempt. `recorded` tells whether PostgreSQL knows of the run, `has_read` whether a key
+    may have been read: what changes from then on may be missed. `reports` is what a dry run or
+    verify found.
+    """
 
-    # What there is nothing of without a table.
-    purpose: ClassVar[str]
-
-    def __init__(
-        self,
-        config: Config,
-        database: Database,
-        source: Source,
-        *,
-        run: Run,
-        request: Request,
-        committed: dict[str, Applied],
-        on_progress: Callable[[Progress], None],
-        on_alive: Callable[[], None],
-    ) -> None:
+    def __init__(self, work: Work) -> None:
         self.recorded = False
         self.has_read = False
         self.reports: list[Report] = []
-        self._config = config
-        self._database = database
-        self._source = source
-        self._records = Records(database)
-        self._run = run
-        self._request = request
-        self._committed = committed
-        self._on_progress = on_progress
-        self._on_alive = on_alive
-        self._identity: Identity | None = None
-        self._writes = request.mode == "apply"
+        self._config = work.config
+        self._database = work.database
+        self._source = work.source
+        self._run = work.run
+        self._request = work.request
+        self._committed = work.committed
+        self._on_progress = work.on_progress
+        self._on_alive = work.on_alive
+        self._settle = work.settle
+        self._records = Records(work.database)
+        self._writes = work.request.mode == "apply"
 
     async def execute(self, wait_s: float, close: Callable[[], None]) -> None:
         """Do it all; `close` stamps the run's end just before its success is recorded.
@@ -64,97 +68,45 @@ class Attempt(ABC):
         session = await Session.open(self._database, self._on_alive)
         try:
             with self._database.translated(last=True):
-                self.recorded = await begin(
-                    self._database,
-                    session,
-                    self._run,
-                    wait_s,
-                    lambda: self._on_progress(Progress("lock")),
-                )
-                self.has_read = True
-                parts = await self._parts(session)
-                self._identity = await self._source.identity()
-                known = session.connection if self.recorded else None
-                await self._records.meet(known, self._run, self._identity.run_id)
-                for part in parts:
-                    try:
-                        await self._work(session, part)
-                    finally:
-                        self._tally(part)
-                await self._conclude(session, parts, close)
+                await self._begin(session, wait_s)
+                await self._proceed(session, close)
         finally:
             await session.close()
 
-    async def _parts(self, session: Session) -> list[Part]:
-        parts = []
-        for number, config in enumerate(chosen_mappings(self._config, self._request.mapping)):
-            table = await tables.inspect(session.connection, config)
-            if not table.exists:
-                raise TargetMismatch(
-                    f'mapping "{config.name}": the table {config.table} does not exist: there is'
-                    f" nothing to {self.purpose}"
-                )
-            selection = await self._select(session, config, table)
-            mapping = self._read_by(Mapping(config, nullable=table.nullable(config)))
-            parts.append(Part(mapping, Rows(session, config, selection, number)))
-        return parts
-
-    def _read_by(self, mapping: Mapping) -> Mapping:
-        """What reads the records."""
-        return mapping
-
     @abstractmethod
-    async def _select(self, session: Session, config: MappingConfig, table: Table) -> Selection:
-        """Which of a mapping's rows it is about; raises if it isn't possible."""
+    async def _proceed(self, session: Session, close: Callable[[], None]) -> None:
+        """Do what the run is for, from its first look at the tables to its record."""
 
-    @abstractmethod
-    async def _work(self, session: Session, part: Part) -> None:
-        """See to one mapping, and count in `part.counts`."""
-
-    @abstractmethod
-    def _tally(self, part: Part) -> None:
-        """Put a mapping's counts into the run, with those of earlier attempts."""
-
-    async def _judge(self, parts: Sequence[Part]) -> str:
-        """What makes the run no success although all is done, if anything; may warn, or raise."""
-        return ""
-
-    @abstractmethod
-    async def _remember(self, session: Session, parts: Sequence[Part]) -> None:
-        """Record what follows from success, in its transaction."""
-
-    async def _conclude(
-        self, session: Session, parts: Sequence[Part], close: Callable[[], None]
-    ) -> None:
-        problem = await self._judge(parts)
-        for part in parts:
-            if part.counts.rejected:
-                self._warn(
-                    f'mapping "{part.mapping.name}": {part.counts.rejected:,} rows can\'t be keys'
-                    f" of Redis that a sync would take; the first is {part.first_reject}"
-                )
-        if problem:
-            raise RunFailed(problem)
-        self.reports = [] if self._writes else [part.report for part in parts]
-        self._run.status = "succeeded"
-        close()
+    async def _begin(self, session: Session, wait_s: float) -> None:
+        """Bring the schema up to date and take the writer's lock, if it's to write; record it."""
+        connection, steps = session.connection, Steps(self._database)
+        if self._writes:
+            await steps.upgrade(connection)
+            await session.lock_writer(wait_s, lambda: self._on_progress(Progress("lock")))
+            await self._records.mark_interrupted(connection)
+        elif self._run.mode == "verify" or await steps.current(connection):
+            await steps.check(connection)
+        # A dry run may come before there is a schema to record it in.
+        self.recorded = bool(await steps.current(connection))
         if self.recorded:
-            async with session.transaction():
-                if self._writes:
-                    await self._remember(session, parts)
-                await self._records.save(session.connection, self._run)
+            await self._records.begin(connection, self._run)
+
+    async def _meet(self, session: Session) -> Identity:
+        """Look who Redis is; another one than the last run's is worth a warning."""
+        identity = await self._source.identity()
+        known = session.connection if self.recorded else None
+        await self._records.meet(known, self._run, identity.run_id)
+        return identity
+
+    def _chosen(self) -> list[MappingConfig]:
+        """The mapping that is asked for, or all; raises ConfigError."""
+        name = self._request.mapping
+        chosen = [each for each in self._config.mapping if name in (None, each.name)]
+        if not chosen:
+            raise ConfigError(f'there is no mapping "{name}" in the configuration')
+        return chosen
 
     def _warn(self, warning: str) -> None:
         # A run may be attempted several times, and then meet the same thing again.
         if warning not in self._run.warnings:
             self._run.warnings.append(warning)
-
-
-def require_synced_at(config: MappingConfig, table: Table) -> None:
-    """Raise RightMissing unless it may be read when balancesync has written a row."""
-    if not table.columns[config.synced_at].may_select:
-        raise RightMissing(
-            f'mapping "{config.name}": this role lacks SELECT ({config.synced_at}) on'
-            f" {config.table}, which tells the rows that balancesync has written; GRANT it, see"
-            " docs/security.md"
-        )

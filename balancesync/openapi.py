@@ -103,7 +103,15 @@ def document(config: Config) -> dict[str, Any]:
 
 def _runs(mappings: Schema) -> Schema:
     by_id = _parameter("id", RUN_ID, "The id of the run.", place="path")
-    force = _operation(
+    return {
+        f"{PREFIX}/force-sync": {"post": _force_sync(mappings)},
+        f"{PREFIX}/runs": {"get": _list_of_runs()},
+        f"{PREFIX}/runs/{{id}}": {"get": _one_run(by_id), "delete": _cancel(by_id)},
+    }
+
+
+def _force_sync(mappings: Schema) -> Schema:
+    return _operation(
         "forceSync",
         "starts a sync, or queues it",
         {
@@ -121,7 +129,10 @@ def _runs(mappings: Schema) -> Schema:
             _parameter("mapping", mappings, "This mapping alone."),
         ),
     )
-    runs = _operation(
+
+
+def _list_of_runs() -> Schema:
+    return _operation(
         "runs",
         "the runs, newest first",
         {200: _answer("The runs.", record(runs=array(ref("Run"))))},
@@ -136,14 +147,20 @@ def _runs(mappings: Schema) -> Schema:
             ),
         ),
     )
-    run = _operation(
+
+
+def _one_run(by_id: Schema) -> Schema:
+    return _operation(
         "run",
         "one run",
         {200: _answer("The run; with the token also what a dry run found.", ref("Run"))},
         errors=(404, 422, 503),
         parameters=(by_id,),
     )
-    cancel = _operation(
+
+
+def _cancel(by_id: Schema) -> Schema:
+    return _operation(
         "cancelRun",
         "cancels a run that waits, or the running one at its next batch",
         {202: _answer("It is cancelled, or will be at its next batch.", ref("Cancelled"))},
@@ -151,46 +168,9 @@ def _runs(mappings: Schema) -> Schema:
         secret=True,
         parameters=(by_id,),
     )
-    return {
-        f"{PREFIX}/force-sync": {"post": force},
-        f"{PREFIX}/runs": {"get": runs},
-        f"{PREFIX}/runs/{{id}}": {"get": run, "delete": cancel},
-    }
 
 
 def _state() -> Schema:
-    reasons: Schema = {**TEXT, "enum": list(get_args(Reason))}
-    rejects = _operation(
-        "rejects",
-        "what couldn't be stored, and why",
-        {200: _answer("The open rejects, the newest first.", record(rejects=array(ref("Reject"))))},
-        errors=(422, 503),
-        secret=True,
-        parameters=(
-            _LIMIT,
-            _parameter("mapping", TEXT, "Of this mapping alone."),
-            _parameter("reason", reasons, "For this reason alone."),
-        ),
-    )
-    clear = _operation(
-        "clearCache",
-        "forgets what the daemon keeps for itself, never a balance",
-        {200: _answer("What was forgotten; null: PostgreSQL couldn't be asked.", ref("Cleared"))},
-        errors=(408, 409, 422, 503),
-        secret=True,
-    )
-    events = _operation(
-        "events",
-        "what happens, as it happens: server-sent events",
-        {
-            200: _answer(
-                "run_queued run_started run_progress run_finished redis postgres leader live",
-                TEXT,
-                "text/event-stream",
-            )
-        },
-        errors=(422, 503),
-    )
     plain = {
         "status": ("what runs, what ran, what comes", ref("Status"), (422,)),
         "schedule": (
@@ -207,10 +187,51 @@ def _state() -> Schema:
             }
             for name, (summary, schema, errors) in plain.items()
         },
-        f"{PREFIX}/rejects": {"get": rejects},
-        f"{PREFIX}/clear-cache": {"delete": clear},
-        f"{PREFIX}/events": {"get": events},
+        f"{PREFIX}/rejects": {"get": _rejects()},
+        f"{PREFIX}/clear-cache": {"delete": _clear_cache()},
+        f"{PREFIX}/events": {"get": _events()},
     }
+
+
+def _rejects() -> Schema:
+    reasons: Schema = {**TEXT, "enum": list(get_args(Reason))}
+    return _operation(
+        "rejects",
+        "what couldn't be stored, and why",
+        {200: _answer("The open rejects, the newest first.", record(rejects=array(ref("Reject"))))},
+        errors=(422, 503),
+        secret=True,
+        parameters=(
+            _LIMIT,
+            _parameter("mapping", TEXT, "Of this mapping alone."),
+            _parameter("reason", reasons, "For this reason alone."),
+        ),
+    )
+
+
+def _clear_cache() -> Schema:
+    return _operation(
+        "clearCache",
+        "forgets what the daemon keeps for itself, never a balance",
+        {200: _answer("What was forgotten; null: PostgreSQL couldn't be asked.", ref("Cleared"))},
+        errors=(408, 409, 422, 503),
+        secret=True,
+    )
+
+
+def _events() -> Schema:
+    return _operation(
+        "events",
+        "what happens, as it happens: server-sent events",
+        {
+            200: _answer(
+                "run_queued run_started run_progress run_finished redis postgres leader live",
+                TEXT,
+                "text/event-stream",
+            )
+        },
+        errors=(422, 503),
+    )
 
 
 def _balance_path(mapping: MappingConfig) -> str:

@@ -89,13 +89,7 @@ class Part:
         if baseline is not None and baseline.pruned:
             away = baseline.pruned - await self.writer.count_pruned_back()
             baseline = replace(baseline, pruned=away)
-        if baseline is None and self._is_ours:
-            # Before a first success all rows of a table of our own count as known.
-            baseline = Baseline(present=self.diff.target_rows, absent=0)
-        elif baseline is not None and baseline.present == baseline.pruned and self._is_ours:
-            # With nothing left of that success, what was written since is all that is known.
-            since = self.diff.target_rows - baseline.absent - baseline.pruned
-            baseline = Baseline(present=max(since, 0), absent=baseline.absent + baseline.pruned)
+        baseline = self._known(baseline)
         seen = Observed(
             present=self.present,
             absent=self.diff.absent,
@@ -112,9 +106,15 @@ class Part:
             max_change=limits.max_change,
         )
 
-    @property
-    def _is_ours(self) -> bool:
-        return self.mapping.config.mode == "upsert"
+    def _known(self, baseline: Baseline | None) -> Baseline | None:
+        """What the guard judges by. Of a table of our own nothing is in Redis by chance: where no
+        success knows of a key, all rows that were written since are known.
+        """
+        nothing = baseline is None or baseline.present == baseline.pruned
+        if not nothing or self.mapping.config.mode != "upsert":
+            return baseline
+        absent = baseline.absent + baseline.pruned if baseline is not None else 0
+        return Baseline(present=max(self.diff.target_rows - absent, 0), absent=absent)
 
     @property
     def baseline(self) -> Baseline:

@@ -3,31 +3,22 @@
 Dry run and verify are the same attempt stopped after diff.
 """
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import datetime
 from typing import Final
 
 from balancesync import table as tables
 from balancesync.apply import Applied, Applier
-from balancesync.config import Config, MappingConfig
-from balancesync.database import Database, Steps
-from balancesync.errors import ConfigError, MappingFailed, Refused, RunFailed, TargetMismatch
+from balancesync.attempt import Attempt, Work
+from balancesync.errors import MappingFailed, Refused, RunFailed, TargetMismatch
 from balancesync.history import History
 from balancesync.mapping import Mapping
-from balancesync.model import (
-    WOULD_BE_REFUSED,
-    Refusal,
-    Request,
-    Run,
-    Stamp,
-    exceeds,
-)
+from balancesync.model import WOULD_BE_REFUSED, Refusal, Stamp, exceeds
 from balancesync.part import Part, Progress, RejectLog, reading_of, scan
-from balancesync.records import Records, Remembered
-from balancesync.report import Report, describe, reread, spare_present
+from balancesync.records import Remembered
+from balancesync.report import describe, reread, spare_present
 from balancesync.session import Session
-from balancesync.source import Source
 from balancesync.target import Span, Writer
 
 _CLOCK_SLACK_S: Final = 1.0
@@ -35,108 +26,35 @@ _CLOCK_SLACK_S: Final = 1.0
 _LOOKS: Final = 5
 
 
-def chosen_mappings(config: Config, name: str | None) -> list[MappingConfig]:
-    """The mapping of this name, or all; raises ConfigError."""
-    chosen = [each for each in config.mapping if name in (None, each.name)]
-    if not chosen:
-        raise ConfigError(f'there is no mapping "{name}" in the configuration')
-    return chosen
+class Pipeline(Attempt):
+    """One attempt at a sync or verify."""
 
-
-async def begin(
-    database: Database,
-    session: Session,
-    run: Run,
-    wait_s: float,
-    while_waiting: Callable[[], None],
-) -> bool:
-    """Bring the schema up to date and take the writer's lock, if `run` is to write; record it.
-
-    Returns whether it is recorded: a dry run may come before there is a schema to record it in.
-    """
-    records, steps = Records(database), Steps(database)
-    connection = session.connection
-    if run.mode == "apply":
-        await steps.upgrade(connection)
-        await session.lock_writer(wait_s, while_waiting)
-        await records.mark_interrupted(connection)
-    elif run.mode == "verify" or await steps.current(connection):
-        await steps.check(connection)
-    recorded = bool(await steps.current(connection))
-    if recorded:
-        await records.begin(connection, run)
-    return recorded
-
-
-class Pipeline:
-    """One attempt. `committed` is shared by a run's attempts: what they applied, by mapping.
-
-    `on_progress` is called at least once a batch; what it raises ends the attempt there. `settle`
-    waits for live mode to have brought over what changed before.
-    `has_read` tells whether a key may have been read: what changes from then on may be missed.
-    """
-
-    def __init__(
-        self,
-        config: Config,
-        database: Database,
-        source: Source,
-        *,
-        run: Run,
-        request: Request,
-        committed: dict[str, Applied],
-        on_progress: Callable[[Progress], None],
-        on_alive: Callable[[], None],
-    ) -> None:
-        self.settle: Callable[[], Awaitable[None]] | None = None
-        self.recorded = False
-        self.has_read = False
-        self.reports: list[Report] = []
-        self._config = config
-        self._database = database
-        self._source = source
-        self._run = run
-        self._request = request
-        self._committed = committed
-        self._on_progress = on_progress
-        self._on_alive = on_alive
-        self._records = Records(database)
-        self._history = History(database, config.history)
+    def __init__(self, work: Work) -> None:
+        super().__init__(work)
+        self._history = History(work.database, work.config.history)
         self._rejects = RejectLog()
         self._failures: list[str] = []
         self._sizes: dict[str, int] = {}
-        self._at = run.started_at
+        self._at = work.run.started_at
 
-    async def execute(self, wait_s: float, close: Callable[[], None]) -> None:
-        """Do it all; `close` stamps the run's end just before its success is recorded.
-
-        Raises BalanceSyncError: Transient ones may be tried again.
-        """
-        session = await Session.open(self._database, self._on_alive)
-        try:
-            with self._database.translated(last=True):
-                await self._open(session, wait_s)
-                if await self._is_recent(session):
-                    self._run.status = "skipped"
-                    close()
-                    await self._records.save(session.connection, self._run)
-                    return
-                parts = await self._parts(session)
-                await self._read(session, parts)
-                if self._request.mode == "apply":
-                    await self._write(session, parts)
-                    await self._forget_changes(session)
-                else:
-                    await self._report(session, parts)
-                await self._conclude(session, parts, close)
-        finally:
-            await session.close()
+    async def _proceed(self, session: Session, close: Callable[[], None]) -> None:
+        if await self._is_recent(session):
+            self._run.status = "skipped"
+            close()
+            await self._records.save(session.connection, self._run)
+            return
+        parts = await self._parts(session)
+        await self._read(session, parts)
+        if self._writes:
+            await self._write(session, parts)
+            await self._forget_changes(session)
+        else:
+            await self._report(session, parts)
+        await self._conclude(session, parts, close)
 
     async def _read(self, session: Session, parts: list[Part]) -> None:
         """Scan, stage and diff; a mapping that can't be read as a whole leaves `parts`."""
-        identity = await self._source.identity()
-        known = session.connection if self.recorded else None
-        await self._records.meet(known, self._run, identity.run_id)
+        identity = await self._meet(session)
         self._sizes = await self._source.dbsize()
         self.has_read = True
         for part in list(parts):
@@ -152,7 +70,7 @@ class Pipeline:
 
     async def _moment(self, session: Session) -> datetime:
         """The time that all this run writes has in common."""
-        if self._request.mode != "apply":
+        if not self._writes:
             return await session.clock()
         moment = await self._history.moment(session.connection)
         if moment.behind_s > _CLOCK_SLACK_S:
@@ -176,11 +94,6 @@ class Pipeline:
                 self._committed[name] = self._earlier(name) + part.applied.written
         await session.use_any_plan()
 
-    async def _open(self, session: Session, wait_s: float) -> None:
-        self.recorded = await begin(
-            self._database, session, self._run, wait_s, lambda: self._on_progress(Progress("lock"))
-        )
-
     async def _is_recent(self, session: Session) -> bool:
         interval = self._config.schedule.min_interval
         if self._request.job != "sync" or self._request.force or not interval or not self.recorded:
@@ -200,9 +113,9 @@ class Pipeline:
     async def _parts(self, session: Session) -> list[Part]:
         """The mappings asked for, each with its table checked and its staging table made."""
         found = []
-        for config in chosen_mappings(self._config, self._request.mapping):
+        for config in self._chosen():
             table = await tables.inspect(session.connection, config)
-            if not table.exists and self._request.mode == "apply":
+            if not table.exists and self._writes:
                 table = await tables.create(session.connection, config)
             elif not table.exists and self._request.mode == "verify":
                 raise TargetMismatch(
@@ -231,10 +144,10 @@ class Pipeline:
                 refusals.append(refusal)
             elif not part.present:
                 self._warn(f'mapping "{part.mapping.name}": Redis has no key of it')
-        if not refusals and self._request.mode == "apply":
+        if not refusals and self._writes:
             refusals = await self._judge_size(parts)
         sentences = [f'mapping "{each.mapping}": {each.reason}' for each in refusals]
-        if self._request.accept_loss or self._request.mode != "apply":
+        if self._request.accept_loss or not self._writes:
             said = "accepted" if self._request.accept_loss else WOULD_BE_REFUSED
             for sentence in sentences:
                 self._warn(f"{said}: {sentence}")
@@ -310,7 +223,7 @@ class Pipeline:
             close()
         if self.recorded:
             async with session.transaction():
-                if run.mode == "apply":
+                if self._writes:
                     await self._remember(session, parts, success=not problem)
                 await self._records.save(connection, run)
         if problem:
@@ -334,7 +247,7 @@ class Pipeline:
         problems = list(self._failures)
         rejected, present = self._run.counts.rejected, sum(part.present for part in parts)
         limit = self._config.guard.max_rejects
-        if self._run.mode == "apply" and exceeds(rejected, limit, present):
+        if self._writes and exceeds(rejected, limit, present):
             problems.append(
                 f"{rejected:,} of {present:,} keys are rejects, more than guard.max_rejects ="
                 f" {limit:g}; the others are applied, see `balancesync rejects`"
@@ -358,8 +271,8 @@ class Pipeline:
         writer, found = part.writer, part.would_apply
         looks = _LOOKS if self._config.live.enabled and found.rows else 1
         for _ in range(looks):
-            if looks > 1 and self.settle:
-                await self.settle()
+            if looks > 1:
+                await self._settle()
             first, writer = (
                 writer,
                 Writer(session, part.mapping, writer.table, number, first=writer),
@@ -380,8 +293,3 @@ class Pipeline:
     def _earlier(self, mapping: str) -> Applied:
         """What earlier attempts of this run have committed."""
         return self._committed.get(mapping, Applied())
-
-    def _warn(self, warning: str) -> None:
-        # A run may be attempted several times, and then meet the same thing again.
-        if warning not in self._run.warnings:
-            self._run.warnings.append(warning)

@@ -15,7 +15,7 @@ from decimal import Decimal
 from typing import Final, cast
 
 from balancesync.apply import Applied
-from balancesync.attempt import Attempt, require_synced_at
+from balancesync.backward import Backward, require_synced_at
 from balancesync.config import MappingConfig
 from balancesync.database import quote
 from balancesync.errors import ConfigError, Refused, RunFailed
@@ -33,7 +33,7 @@ _PIECE: Final = 1000
 _SHARE_OF_ALL: Final = 100
 
 
-class Prune(Attempt):
+class Prune(Backward):
     """One attempt at a prune. Its counts: `deleted`, `absent` already, `kept` since they differ."""
 
     purpose = "prune"

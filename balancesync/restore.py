@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Final, cast
 
 from balancesync.apply import Applied
-from balancesync.attempt import Attempt, require_synced_at
+from balancesync.backward import Backward, require_synced_at
 from balancesync.config import MappingConfig
 from balancesync.errors import SourceChanged
 from balancesync.history import History
@@ -44,7 +44,7 @@ class _Outcome:
     unchanged: int = 0
 
 
-class Restore(Attempt):
+class Restore(Backward):
     """One attempt at a restore."""
 
     purpose = "restore from"
@@ -78,7 +78,7 @@ class Restore(Attempt):
             async for page in pages:
                 wanted = part.want(page)
                 if not self._writes:
-                    await self._settle(part, writing, wanted)
+                    await self._see_to(part, writing, wanted)
                 else:
                     sent = await writing.create(wanted.keys, wanted.values)
                     if under_way:
@@ -94,9 +94,9 @@ class Restore(Attempt):
         part.counts.inserted += sum(done)
         there = [at for at, created in enumerate(done) if not created]
         if there:
-            await self._settle(part, writing, wanted.pick(there))
+            await self._see_to(part, writing, wanted.pick(there))
 
-    async def _settle(self, part: Part, writing: Writing, wanted: Wanted) -> None:
+    async def _see_to(self, part: Part, writing: Writing, wanted: Wanted) -> None:
         """See to records that are there; of a dry run, to all."""
         for _ in range(_TRIES):
             found = self._compare(part, wanted, await writing.read(wanted.keys))

@@ -9,8 +9,7 @@ from typing import Final
 
 import structlog
 
-from balancesync.apply import Applied
-from balancesync.attempt import Attempt
+from balancesync.attempt import Attempt, Work
 from balancesync.config import Config
 from balancesync.database import Connection, Database
 from balancesync.errors import (
@@ -73,14 +72,14 @@ class Sync:
         self.is_recorded = False
         self._ending: RunFailed | None = None
         self._ended = asyncio.Event()
-        self._pipeline: Pipeline | Attempt | None = None
+        self._attempt: Attempt | None = None
         self._begun = False
         self._between: Connection | None = None
 
     @property
     def has_read(self) -> bool:
         """Whether the attempt under way may have read a key."""
-        return self._pipeline is not None and self._pipeline.has_read
+        return self._attempt is not None and self._attempt.has_read
 
     def stop(self, reason: str) -> None:
         """End the run at its next batch, as cancelled; what is committed stays."""
@@ -143,54 +142,56 @@ class Sync:
         *,
         postpone: bool,
     ) -> None:
-        retry = self._config.retry
-        committed: dict[str, Applied] = {}
+        work = Work(
+            self._config,
+            self._database,
+            self._source,
+            run,
+            request,
+            on_progress=self._progress,
+            on_alive=self._on_alive,
+            settle=self._settle,
+        )
         while True:
             run.attempts += 1
             # An attempt whose last COMMIT's reply was lost has left its success here.
             run.status, run.finished_at, run.duration_s = "running", None, None
             # The lock of an attempt that lost its session falls when PostgreSQL notices.
             patience_s = wait_s if run.attempts == 1 else max(wait_s, _LINGER_S)
-            pipeline = self._pipeline = _ATTEMPTS.get(request.job, Pipeline)(
-                self._config,
-                self._database,
-                self._source,
-                run=run,
-                request=request,
-                committed=committed,
-                on_progress=self._progress,
-                on_alive=self._on_alive,
-            )
-            if isinstance(pipeline, Pipeline):
-                pipeline.settle = self._settle
+            attempt = self._attempt = _ATTEMPTS.get(request.job, Pipeline)(work)
             try:
-                await pipeline.execute(patience_s, close)
+                await attempt.execute(patience_s, close)
             except Transient as error:
                 gives_way = postpone and isinstance(error, Unavailable)
-                if gives_way or run.attempts >= retry.attempts:
+                if gives_way or run.attempts >= self._config.retry.attempts:
                     raise
-                self._begun |= pipeline.recorded
-                await self._stay_shown(run)
-                ceiling = min(retry.maximum, retry.initial * 2 ** (run.attempts - 1))
-                pause = random.uniform(0, ceiling)  # noqa: S311  # full jitter, no secret
-                log.warning(
-                    "attempt failed, trying again",
-                    run=str(run.id),
-                    attempt=run.attempts,
-                    pause_s=round(pause, 3),
-                    error=str(error),
-                )
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(pause):
-                        await self._ended.wait()
-                if self._ending is not None:
-                    raise self._ending from error
+                self._begun |= attempt.recorded
+                await self._pause(run, error)
             else:
-                self.reports = pipeline.reports
-                self.is_recorded = pipeline.recorded
+                self.reports = attempt.reports
+                self.is_recorded = attempt.recorded
                 return
             finally:
-                self._begun |= pipeline.recorded
+                self._begun |= attempt.recorded
+
+    async def _pause(self, run: Run, error: Transient) -> None:
+        """Wait before the next attempt, as `[retry]` says; raises what ends the run meanwhile."""
+        retry = self._config.retry
+        await self._stay_shown(run)
+        ceiling = min(retry.maximum, retry.initial * 2 ** (run.attempts - 1))
+        pause = random.uniform(0, ceiling)  # noqa: S311  # full jitter, no secret
+        log.warning(
+            "attempt failed, trying again",
+            run=str(run.id),
+            attempt=run.attempts,
+            pause_s=round(pause, 3),
+            error=str(error),
+        )
+        with suppress(TimeoutError):
+            async with asyncio.timeout(pause):
+                await self._ended.wait()
+        if self._ending is not None:
+            raise self._ending from error
 
     async def _stay_shown(self, run: Run) -> None:
         """Show the run as running between its attempts, too, whose sessions are theirs alone."""
