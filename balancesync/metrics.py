@@ -28,7 +28,6 @@ CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 _DURATIONS_S: Final = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800, 3600)
 _LAGS_S: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _Kind: TypeAlias = type[GaugeMetricFamily] | type[CounterMetricFamily]
-_GAUGE: Final = GaugeMetricFamily
 OUTCOMES: Final = (
     "ignored",
     "vanished",
@@ -66,16 +65,32 @@ class Metrics:
         self.evicted: float | None = None
         self.may_evict: bool | None = None
 
-        def gauge(name: str, text: str, *labels: str) -> Gauge:
-            return Gauge(f"balancesync_{name}", text, labels, registry=self.registry)
+        self._about_runs()
+        self._about_records()
+        self._about_servers()
+        self._live(self.registry if live else None)
+        self._gauge("build_info", "The version that runs.", "version").labels(version).set(1)
+        # A series that appears only with its first event can't be alerted on before.
+        for mapping in self._mappings:
+            for outcome in OUTCOMES:
+                self.records.labels(mapping, outcome)
+        for job in jobs:
+            self.run_duration.labels(job)
 
-        def counter(name: str, text: str, *labels: str) -> Counter:
-            return Counter(f"balancesync_{name}", text, labels, registry=self.registry)
+    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(f"balancesync_{name}", text, labels, registry=self.registry)
 
-        def asked(name: str, text: str, ask: Callable[[], float | None], kind: _Kind) -> None:
-            self.registry.register(_Asked(kind, f"balancesync_{name}", text, ask))
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"balancesync_{name}", text, labels, registry=self.registry)
 
-        self.runs = counter("runs_total", "Runs by how they ended.", "job", "trigger", "status")
+    def _ask(
+        self, name: str, text: str, ask: Callable[[], float | None], kind: _Kind = GaugeMetricFamily
+    ) -> None:
+        self.registry.register(_Asked(kind, f"balancesync_{name}", text, ask))
+
+    def _about_runs(self) -> None:
+        labels = ("job", "trigger", "status")
+        self.runs = self._counter("runs_total", "Runs by how they ended.", *labels)
         self.run_duration = Histogram(
             "balancesync_run_duration_seconds",
             "How long runs took.",
@@ -83,56 +98,41 @@ class Metrics:
             buckets=_DURATIONS_S,
             registry=self.registry,
         )
-        self.records = counter(
-            "records_total", "Records of apply runs by outcome.", "mapping", "outcome"
-        )
-        self.errors = counter("errors_total", "Errors that ended a run, by kind.", "kind")
-        self.redis_up = gauge("redis_up", "Whether Redis answered the last probe.")
-        self.postgres_up = gauge("postgres_up", "Whether PostgreSQL answered the last probe.")
-        self.leader = gauge("leader", "Whether this daemon leads.")
-        self.last_success = gauge(
+        self.errors = self._counter("errors_total", "Errors that ended a run, by kind.", "kind")
+        self.last_success = self._gauge(
             "last_success_timestamp_seconds", "When a full run of the job last succeeded.", "job"
         )
-        asked("next_run_timestamp_seconds", "When the schedule fires next.", self._next, _GAUGE)
-        asked(
-            "planned_interval_seconds",
-            "The longest time between two planned syncs.",
-            self._planned,
-            _GAUGE,
-        )
-        self.in_progress = gauge("run_in_progress", "Whether a run is under way.")
-        self.progress = gauge("run_progress_ratio", "How far the run is, 0 to 1, in its phase.")
-        self.rejects = gauge("rejects", "Open rejects.", "mapping")
-        self.drift = gauge("drift_records", "Records the last verify found to differ.", "mapping")
-        asked(
-            "guard_refused",
-            "Whether a refusal of the guard stands.",
-            lambda: self._refused,
-            _GAUGE,
-        )
-        self._live(self.registry if live else None)
-        self.expiring = gauge(
-            "expiring_keys", "Keys with a TTL, estimated from a sample at each full run.", "mapping"
-        )
-        asked(
+        self._ask("next_run_timestamp_seconds", "When the schedule fires next.", self._next)
+        longest = "The longest time between two planned syncs."
+        self._ask("planned_interval_seconds", longest, self._planned)
+        self.in_progress = self._gauge("run_in_progress", "Whether a run is under way.")
+        text = "How far the run is, 0 to 1, in its phase."
+        self.progress = self._gauge("run_progress_ratio", text)
+
+    def _about_records(self) -> None:
+        text = "Records of apply runs by outcome."
+        self.records = self._counter("records_total", text, "mapping", "outcome")
+        self.rejects = self._gauge("rejects", "Open rejects.", "mapping")
+        text = "Records the last verify found to differ."
+        self.drift = self._gauge("drift_records", text, "mapping")
+        text = "Whether a refusal of the guard stands."
+        self._ask("guard_refused", text, lambda: self._refused)
+        text = "Keys with a TTL, estimated from a sample at each full run."
+        self.expiring = self._gauge("expiring_keys", text, "mapping")
+
+    def _about_servers(self) -> None:
+        self.redis_up = self._gauge("redis_up", "Whether Redis answered the last probe.")
+        text = "Whether PostgreSQL answered the last probe."
+        self.postgres_up = self._gauge("postgres_up", text)
+        self.leader = self._gauge("leader", "Whether this daemon leads.")
+        self._ask(
             "redis_evicted_keys",
             "Keys that Redis itself says it evicted.",
             lambda: self.evicted,
             CounterMetricFamily,
         )
-        asked(
-            "redis_may_evict",
-            "Whether Redis would evict keys without a TTL when its memory is full.",
-            lambda: self.may_evict,
-            _GAUGE,
-        )
-        gauge("build_info", "The version that runs.", "version").labels(version).set(1)
-        # A series that appears only with its first event can't be alerted on before.
-        for mapping in self._mappings:
-            for outcome in OUTCOMES:
-                self.records.labels(mapping, outcome)
-        for job in jobs:
-            self.run_duration.labels(job)
+        text = "Whether Redis would evict keys without a TTL when its memory is full."
+        self._ask("redis_may_evict", text, lambda: self.may_evict)
 
     def _live(self, registry: CollectorRegistry | None) -> None:
         self.live_up = Gauge(

@@ -31,42 +31,38 @@ def statements(
     `pruned` keeps the keys that were pruned.
     `ordered` joins the staging table in key order, for looks into the target's key index.
     """
-    keys, values = config.key_columns, config.value_columns
-    k = _numbered("k", keys)
-    v = _numbered("v", values)
-    o = _numbered("o", values)
-    synced_at = _synced_at(config, table)
-    differs = [
-        (_exact(f"t.{quote(name)}", config.types[name]), _exact("{}{}", config.types[name]))
-        for name in values
-    ]
+    staged_keys = ", ".join(_numbered("k", config.key_columns))
     parts = {
         "staging": staging,
-        "staged": f"(TABLE {staging} ORDER BY {', '.join(k)})" if ordered else staging,
+        "staged": f"(TABLE {staging} ORDER BY {staged_keys})" if ordered else staging,
         "diff": diff,
         "first": first,
         "changes": changes,
         "pruned": pruned,
         "target": table.sql_name,
+        **_key_parts(config, table),
+        **_value_parts(config),
+        **_comparisons(config),
+        **_writes(config, _synced_at(config, table)),
+        **_texts(config),
+    }
+    return {name: block.format_map(parts) for name, block in _BLOCKS.items()}
+
+
+def _key_parts(config: MappingConfig, table: Table) -> dict[str, str]:
+    """The key columns: in the staging table, in the target, and as conditions."""
+    keys = config.key_columns
+    k = _numbered("k", keys)
+    return {
         "keys": ", ".join(k),
         # One plain column is sorted three times as fast as it is hashed or sorted as a row.
         "count_keys": f"count(DISTINCT {k[0]})"
         if len(k) == 1
         else f"count(DISTINCT ({', '.join(k)}))",
-        "values": ", ".join(v),
-        "olds": ", ".join(o),
-        "columns": ", ".join(map(quote, (*keys, *values))),
         "key_columns": ", ".join(map(quote, keys)),
         "key_types": ", ".join(_key_types(config, table)),
-        "value_types": ", ".join(_value_types(config, "v")),
-        "old_types": ", ".join(_value_types(config, "o")),
         "s_keys": ", ".join(f"s.{name}" for name in k),
-        "s_values": ", ".join(f"s.{name}" for name in v),
         "t_keys": ", ".join(f"t.{quote(name)}" for name in keys),
-        "t_values": ", ".join(f"t.{quote(name)}" for name in values),
-        "t_values_as_olds": ", ".join(
-            f"t.{quote(name)} AS {old}" for name, old in zip(values, o, strict=True)
-        ),
         "same_key": " AND ".join(
             f"t.{quote(name)} = s.{short}" for name, short in zip(keys, k, strict=True)
         ),
@@ -74,26 +70,74 @@ def statements(
         "last_keys": ", ".join(f"last.{name}" for name in k),
         "no_row": f"t.{quote(keys[0])} IS NULL",
         "keys_not_null": " AND ".join(f"t.{quote(name)} IS NOT NULL" for name in keys),
-        "differs": " OR ".join(
-            f"{target} IS DISTINCT FROM {staged_as.format('s.', short)}"
-            for (target, staged_as), short in zip(differs, v, strict=True)
+    }
+
+
+def _value_parts(config: MappingConfig) -> dict[str, str]:
+    """The value columns: as they are read, as they were, and in the target."""
+    values = config.value_columns
+    v, o = _numbered("v", values), _numbered("o", values)
+    return {
+        "values": ", ".join(v),
+        "olds": ", ".join(o),
+        "value_types": ", ".join(_value_types(config, "v")),
+        "old_types": ", ".join(_value_types(config, "o")),
+        "s_values": ", ".join(f"s.{name}" for name in v),
+        "t_values": ", ".join(f"t.{quote(name)}" for name in values),
+        "t_values_as_olds": ", ".join(
+            f"t.{quote(name)} AS {old}" for name, old in zip(values, o, strict=True)
         ),
-        "excluded_differs": " OR ".join(
-            f"{target} IS DISTINCT FROM {staged_as.format('EXCLUDED.', quote(name))}"
-            for (target, staged_as), name in zip(differs, values, strict=True)
-        ),
-        "set_values": ", ".join(
-            [f"{quote(name)} = s.{short}" for name, short in zip(values, v, strict=True)]
-            + ([f"{quote(config.synced_at)} = {synced_at}"] if synced_at else [])
-        ),
+        # Without a number it's one row all the same.
+        "totals": ", ".join(_totals(config)) or "max(NULL::text)",
+    }
+
+
+def _comparisons(config: MappingConfig) -> dict[str, str]:
+    """Whether the target's values differ from those read, from what the diff saw, from others'."""
+    values = config.value_columns
+
+    def differs(prefix: str, others: Sequence[str]) -> str:
+        return " OR ".join(
+            f"{_exact(f't.{quote(name)}', config.types[name])} IS DISTINCT FROM"
+            f" {_exact(f'{prefix}.{other}', config.types[name])}"
+            for name, other in zip(values, others, strict=True)
+        )
+
+    return {
+        "differs": differs("s", _numbered("v", values)),
+        "excluded_differs": differs("EXCLUDED", [quote(name) for name in values]),
+        "t_differs_from_old": differs("s", _numbered("o", values)),
+    }
+
+
+def _writes(config: MappingConfig, synced_at: str) -> dict[str, str]:
+    """What is set in the target; `synced_at` is the SQL of its time, empty for none."""
+    values = config.value_columns
+    column = quote(config.synced_at)
+    staged = zip(values, _numbered("v", values), strict=True)
+    sets = [f"{quote(name)} = s.{short}" for name, short in staged]
+    return {
+        "columns": ", ".join(map(quote, (*config.key_columns, *values))),
+        "set_values": ", ".join(sets + ([f"{column} = {synced_at}"] if synced_at else [])),
         "set_excluded": ", ".join(
             f"{quote(name)} = EXCLUDED.{quote(name)}"
             for name in (*values, *([config.synced_at] if synced_at else []))
         ),
-        "synced_at": quote(config.synced_at),
-        "comma_synced_at": f", {quote(config.synced_at)}" if synced_at else "",
+        "synced_at": column,
+        "comma_synced_at": f", {column}" if synced_at else "",
         "comma_now": f", {synced_at}" if synced_at else "",
-        "key_texts": ", ".join(_texts(config, keys, k)),
+    }
+
+
+def _texts(config: MappingConfig) -> dict[str, str]:
+    """Keys and values as texts: for reports, and as the history has them."""
+    keys, values = config.key_columns, config.value_columns
+    k, v, o = _numbered("k", keys), _numbered("v", values), _numbered("o", values)
+    return {
+        "key_texts": ", ".join(
+            f"{key_text(short, config.types[name])} AS {short}"
+            for name, short in zip(keys, k, strict=True)
+        ),
         # As the column will print it: what is staged may read 2.5 where the column says 2.50.
         "value_texts": ", ".join(
             f"{short}::{config.types[name].sql}::text AS {short}"
@@ -101,18 +145,11 @@ def statements(
         ),
         "raw_texts": ", ".join(f"{name}::text AS {name}" for name in v),
         "old_texts": ", ".join(f"{name}::text AS {name}" for name in o),
-        # Without a number it's one row all the same.
-        "totals": ", ".join(_totals(config)) or "max(NULL::text)",
         "s_key_texts": key_array(config, [f"s.{name}" for name in k]),
         "t_key_texts": key_array(config, [f"t.{quote(name)}" for name in keys]),
         "t_json": _json(config, [f"t.{quote(name)}" for name in values]),
         "old_json": _json(config, [f"s.{name}" for name in o]),
-        "t_differs_from_old": " OR ".join(
-            f"{target} IS DISTINCT FROM {staged_as.format('s.', short)}"
-            for (target, staged_as), short in zip(differs, o, strict=True)
-        ),
     }
-    return {name: block.format_map(parts) for name, block in _BLOCKS.items()}
 
 
 def key_text(expression: str, kind: ColumnType) -> str:
@@ -183,13 +220,6 @@ def _synced_at(config: MappingConfig, table: Table) -> str:
     column = table.columns.get(config.synced_at)
     without_zone = column is not None and column.type == "timestamp without time zone"
     return "$3::timestamptz AT TIME ZONE 'UTC'" if without_zone else "$3::timestamptz"
-
-
-def _texts(config: MappingConfig, names: Sequence[str], short: Sequence[str]) -> list[str]:
-    return [
-        f"{key_text(column, config.types[name])} AS {column}"
-        for name, column in zip(names, short, strict=True)
-    ]
 
 
 def _json(config: MappingConfig, expressions: Sequence[str]) -> str:
