@@ -18,6 +18,15 @@ from balancesync.report import Report
 from balancesync.source import Source
 from balancesync.sync import Sync
 
+# The table of an application: bare Telegram ids, whole micro-units, rows that are never inserted.
+USERS: dict[str, Any] = {
+    "name": "users",
+    "key": "{telegram_id}",
+    "table": "users",
+    "mode": "update",
+    "synced_at": "sync_at",
+    "columns": {"telegram_id": "bigint", "balance": "bigint"},
+}
 _CONFIG = TypeAdapter(Config)
 
 

@@ -4,7 +4,6 @@ import asyncio
 import os
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -13,6 +12,7 @@ from uuid import uuid4
 import asyncpg
 import pytest
 from engine import Engine
+from faults.ground import connected
 from proxy import Proxy
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
@@ -75,15 +75,6 @@ async def fill(redis: Redis, value: str = "1.50", count: int = KEYS) -> None:
 async def fill_server(server: RedisServer, value: str = "1.50", count: int = KEYS) -> None:
     async with Redis.from_url(server.url) as client:
         await fill(client, value, count)
-
-
-@asynccontextmanager
-async def connected(dsn: str) -> AsyncIterator[asyncpg.Connection]:
-    connection = await asyncpg.connect(dsn)
-    try:
-        yield connection
-    finally:
-        await connection.close()
 
 
 async def soon(event: asyncio.Event) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import asyncpg
 import pytest
-from engine import Engine
+from engine import USERS, Engine
 from redis.asyncio import Redis
 from running import Inside, daemon_config
 
@@ -462,14 +462,7 @@ async def test_every_kind_of_mapping_follows(
     await redis.hset("members", mapping={"1": "1", "2": "2"})
     columns = {"user_id": "bigint", "balance": "numeric(20,2)"}
     daemon = await start(
-        {
-            "name": "users",
-            "key": "{telegram_id}",
-            "table": "users",
-            "mode": "update",
-            "synced_at": "sync_at",
-            "columns": {"telegram_id": "bigint", "balance": "bigint"},
-        },
+        USERS,
         {
             "name": "accounts",
             "key": "account:{user_id}",

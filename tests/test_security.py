@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import asyncpg
 import pytest
-from engine import Engine, make_config
+from engine import USERS, Engine, make_config
 from redis.asyncio import Redis
 from redis.exceptions import NoPermissionError
 from running import Inside, daemon_config
@@ -67,14 +67,7 @@ DEPLOYMENTS = {
         {"table": "public.balances"}, 0, (0, 1), STRINGS, ("SET", "balance:1", "9")
     ),
     "users": Deployment(
-        {
-            "name": "users",
-            "key": "{telegram_id}",
-            "table": "users",
-            "mode": "update",
-            "synced_at": "sync_at",
-            "columns": {"telegram_id": "bigint", "balance": "bigint"},
-        },
+        USERS,
         0,
         (0, 2),
         (

@@ -10,7 +10,7 @@ from uuid import uuid4
 
 import asyncpg
 import pytest
-from engine import Engine
+from engine import USERS, Engine
 from pydantic import ValidationError
 from redis.asyncio import Redis
 
@@ -20,14 +20,6 @@ MakeEngine = Callable[..., Engine]
 
 COLUMNS = "user_id bigint PRIMARY KEY, balance numeric(20,2), synced_at timestamptz"
 UPDATE = {"mode": "update"}
-TELEGRAM: dict[str, Any] = {
-    "name": "users",
-    "key": "{telegram_id}",
-    "table": "users",
-    "mode": "update",
-    "synced_at": "sync_at",
-    "columns": {"telegram_id": "bigint", "balance": "bigint"},
-}
 
 
 @dataclass(frozen=True)
@@ -245,7 +237,7 @@ async def test_application_table(engine: MakeEngine, redis: Redis, pg: asyncpg.C
         " (111, 'a', 5), (222, 'b', 6), (333, 'c', 7), (NULL, 'd', 8), (NULL, 'e', 9)"
     )
     await redis.mset({"111": "5000000", "222": "6", "999": "1", "cache:1": "x", "555x": "1"})
-    sync = engine(TELEGRAM)
+    sync = engine(USERS)
     counts = (await sync.good()).counts
     assert (counts.scanned, counts.ignored, counts.not_found) == (5, 2, 1)
     assert (counts.updated, counts.unchanged, counts.inserted, counts.absent) == (1, 1, 0, 1)
@@ -431,7 +423,7 @@ async def test_role_who_may_only_update(
         f" GRANT SELECT (telegram_id, balance) ON users TO {role.name};"
         f" GRANT UPDATE (balance, sync_at) ON users TO {role.name}"
     )
-    assert (await engine(TELEGRAM, dsn=role.dsn).good()).counts.updated == 1
+    assert (await engine(USERS, dsn=role.dsn).good()).counts.updated == 1
 
 
 async def test_odd_identifiers(engine: MakeEngine, redis: Redis, pg: asyncpg.Connection) -> None:
@@ -612,7 +604,7 @@ SHARED_TABLE = (
     " sync_at timestamptz, bonus_at timestamptz); INSERT INTO users VALUES (111, 0, 0), (222, 0, 0)"
 )
 BONUS = {
-    **TELEGRAM,
+    **USERS,
     "name": "bonus",
     "key": "bonus:{telegram_id}",
     "synced_at": "bonus_at",
@@ -625,7 +617,7 @@ async def test_two_mappings_on_one_table(
 ) -> None:
     await pg.execute(SHARED_TABLE)
     await redis.mset({"111": "1", "222": "0", "bonus:222": "7"})
-    run = await engine(TELEGRAM, BONUS).good()
+    run = await engine(USERS, BONUS).good()
     assert (run.mappings["users"].updated, run.mappings["bonus"].updated) == (1, 1)
     rows = await pg.fetch("SELECT balance, bonus FROM users ORDER BY telegram_id")
     assert [tuple(row) for row in rows] == [(1, 0), (0, 7)]
@@ -643,7 +635,7 @@ def test_two_mappings_that_may_not_share_a_table(
     engine: MakeEngine, change: dict[str, Any]
 ) -> None:
     with pytest.raises(ValidationError, match="on one table"):
-        engine(TELEGRAM, {**BONUS, **change})
+        engine(USERS, {**BONUS, **change})
 
 
 async def test_two_names_of_one_table(
@@ -651,7 +643,7 @@ async def test_two_names_of_one_table(
 ) -> None:
     await pg.execute(SHARED_TABLE)
     await redis.mset({"111": "1", "bonus:111": "2"})
-    line = await engine(TELEGRAM, {**BONUS, "table": "public.users"}).failed(TargetMismatch)
+    line = await engine(USERS, {**BONUS, "table": "public.users"}).failed(TargetMismatch)
     for word in ('"users"', '"bonus"', "public.users"):
         assert word in line
     # Neither of the two has a table of its own to start from.

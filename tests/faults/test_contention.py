@@ -7,35 +7,27 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import asyncpg
-from engine import Engine, make_config
+from engine import USERS, Engine, make_config
 from redis.asyncio import Redis
 
 from faults.figures import Figures
 from faults.ground import connected
 
-USERS = 60
-MAPPING = {
-    "name": "users",
-    "key": "{telegram_id}",
-    "table": "users",
-    "mode": "update",
-    "synced_at": "sync_at",
-    "columns": {"telegram_id": "bigint", "balance": "bigint"},
-}
+COUNT = 60
 TABLE = """
     CREATE TABLE users (
         telegram_id bigint PRIMARY KEY, balance bigint, sync_at timestamptz,
         seen bigint NOT NULL DEFAULT 0
     );
-    INSERT INTO users (telegram_id) SELECT g FROM generate_series(1, $users$) AS g
-""".replace("$users$", str(USERS))
+    INSERT INTO users (telegram_id) SELECT g FROM generate_series(1, $count$) AS g
+""".replace("$count$", str(COUNT))
 
 
 class Users:
     """The application: it counts up `seen` of some rows, from the last to the first of them."""
 
     def __init__(self, dsn: str) -> None:
-        self.seen = dict.fromkeys(range(1, USERS + 1), 0)
+        self.seen = dict.fromkeys(range(1, COUNT + 1), 0)
         self.deadlocks = 0
         self._dsn = dsn
 
@@ -50,7 +42,7 @@ class Users:
     async def _work(self, chance: random.Random) -> None:
         async with connected(self._dsn) as connection:
             while True:
-                users = sorted(chance.sample(range(1, USERS + 1), 12), reverse=True)
+                users = sorted(chance.sample(range(1, COUNT + 1), 12), reverse=True)
                 try:
                     async with connection.transaction():
                         for user in users:
@@ -85,14 +77,14 @@ async def test_rows_that_an_application_locks_in_the_opposite_order(
     name = await pg.fetchval("SELECT current_database()")
     await pg.execute(f"ALTER DATABASE {name} SET deadlock_timeout = '10ms'")
     sections: dict[str, Any] = {"postgres": {"lock_timeout": 0.2, "apply_batch": 20}}
-    engine = Engine(make_config(postgres_dsn, redis_url, MAPPING, **sections))
+    engine = Engine(make_config(postgres_dsn, redis_url, USERS, **sections))
     application = Users(postgres_dsn)
     async with application.at_work(3):
         for turn in range(200 if torture else 10):
             await redis.mset({str(user): turn * 1000 + user for user in application.seen})
             run = await engine.sync()
             # Slices are done again, runs aren't.
-            assert (run.status, run.attempts, run.counts.updated) == ("succeeded", 1, USERS)
+            assert (run.status, run.attempts, run.counts.updated) == ("succeeded", 1, COUNT)
             rows = await pg.fetch("SELECT telegram_id, balance FROM users")
             wrong = [row for row in rows if row["balance"] != turn * 1000 + row["telegram_id"]]
             figures.checked(len(rows), len(wrong))
@@ -111,14 +103,14 @@ async def test_time_outs_that_others_are_bound_to(
     name = await pg.fetchval("SELECT current_database()")
     for setting in ("statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout"):
         await pg.execute(f"ALTER DATABASE {name} SET {setting} = '50ms'")
-    await redis.mset({str(user): user for user in range(1, USERS + 1)})
-    engine = Engine(make_config(postgres_dsn, redis_url, MAPPING))
+    await redis.mset({str(user): user for user in range(1, COUNT + 1)})
+    engine = Engine(make_config(postgres_dsn, redis_url, USERS))
     async with pg.transaction():
         await pg.execute("SELECT FROM users WHERE telegram_id = 30 FOR UPDATE")
         task = asyncio.create_task(engine.good())
         done, _ = await asyncio.wait({task}, timeout=0.4)
         assert not done
     run = await task
-    assert (run.attempts, run.counts.updated) == (1, USERS)
-    assert (await engine.verify()).counts.unchanged == USERS
+    assert (run.attempts, run.counts.updated) == (1, COUNT)
+    assert (await engine.verify()).counts.unchanged == COUNT
     await engine.close()
