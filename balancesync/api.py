@@ -88,7 +88,10 @@ class Api:
     async def page(self, call: Call) -> web.Response:
         """The status page, or a file of it."""
         name = "/".join(call.segments) or INDEX
-        answer = self._page.answer(name, call.request.headers.get("If-None-Match"))
+        headers = call.request.headers
+        answer = self._page.answer(
+            name, headers.get("If-None-Match"), headers.get("Accept-Encoding", "")
+        )
         if answer is None:
             raise HttpProblem(404, "not_found", "the page has no such file")
         return answer

@@ -285,11 +285,10 @@ def _probes() -> Schema:
 
 
 def _page() -> Schema:
-    kinds = ("text/css", "text/javascript")
     name = _parameter("name", {**TEXT, "examples": ["app.js"]}, "Its name.", place="path")
     file: Schema = {
         "description": "A file of the status page.",
-        "content": {kind: {"schema": TEXT} for kind in kinds},
+        "content": {"text/javascript": {"schema": TEXT}},
     }
     known: Schema = {"description": "The file that If-None-Match names."}
     return {

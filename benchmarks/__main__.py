@@ -38,6 +38,7 @@ CASES: Final[dict[str, Callable[[Bench], Awaitable[list[Row]]]]] = {
     "memory": around.memory,
     "http": daemon.http,
     "reads": daemon.reads,
+    "page": daemon.page,
     "idle": daemon.idle,
     "live": live.lag,
     "live-throughput": live.throughput,

@@ -1,9 +1,10 @@
-"""The daemon: its answers while a run is under way, its reads, what it takes when it is idle."""
+"""The daemon: its answers while a run is under way, its reads, its page, what it takes idle."""
 
 import asyncio
 import json
 import signal
 import socket
+import sys
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -16,6 +17,7 @@ from typing import Any, Final
 
 from balancesync.server import HOST
 from benchmarks import noise
+from benchmarks.browser import chromium
 from benchmarks.data import STRINGS
 from benchmarks.servers import Bench, Broken, finish, start
 from benchmarks.table import Row, measured
@@ -25,6 +27,7 @@ _PATHS: Final = ("/health", "/metrics")
 _RATE: Final = 200
 _WINDOW_S: Final = 10.0
 _AT_ONCE: Final = 32
+_LOADS: Final = 15
 _IDLE_S: Final = 60.0
 _START_S: Final = 30.0
 _SETTLE_S: Final = 2.0
@@ -107,9 +110,9 @@ async def daemon(
             yield server
 
 
-def _bare() -> AbstractAsyncContextManager[Server]:
+def _bare(kind: str = "bare") -> AbstractAsyncContextManager[Server]:
     port = _free_port()
-    return _serving("benchmarks.serving", "bare", str(port), port=port)
+    return _serving("benchmarks.serving", kind, str(port), port=port)
 
 
 async def http(bench: Bench) -> list[Row]:
@@ -191,6 +194,35 @@ async def reads(bench: Bench) -> list[Row]:
             f"{case}: from PostgreSQL, Redis down", without, "/s",
             floor=f"{http}, asyncpg alone {median(postgres):,.0f}/s", at_least=1500,
         ),
+    ]  # fmt: skip
+
+
+async def page(bench: Bench) -> list[Row]:
+    """The status page in a warm Chromium, loaded after one run, beside a page of one line."""
+    if chromium() is None:
+        print("no Chromium on this machine: the status page isn't measured", file=sys.stderr)
+        return []
+    await bench.synced()
+    async with daemon(bench) as server, _bare("line") as line:
+        visit = await Visit.to(server.port)
+        _check_runs(bench, [json.loads(await visit.ask(SYNC))])
+        visit.close()
+        found = await bench.work(
+            "paints",
+            page=f"http://{HOST}:{server.port}/",
+            bare=f"http://{HOST}:{line.port}/",
+            complete="#charts canvas",
+            loads=_LOADS,
+        )
+    bench.details.setdefault(f"the status page, {_LOADS} loads, and its floor", []).append(found)
+    floor = f"a page of one line {median(found['bare']):.0f} ms"
+    kilobytes = [each / 1000 for each in found["bytes"]]
+    return [
+        measured(
+            f"the status page: first paint, {_LOADS} loads",
+            found["page"], "ms", floor=floor, at_most=200,
+        ),
+        measured("the status page: all it loads", kilobytes, "kB", at_most=120),
     ]  # fmt: skip
 
 

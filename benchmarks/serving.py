@@ -2,6 +2,7 @@
 
 python -m benchmarks.serving daemon FILE: the daemon with that configuration.
 python -m benchmarks.serving bare PORT: an aiohttp handler that has its one answer ready.
+python -m benchmarks.serving line PORT: the same, and the answer is a page with one line on it.
 
 Prints at its end, as JSON, every turn that came late: when it was due by perf_counter, by how much,
 and how much CPU time this thread had used meanwhile, in seconds. What is late without that was
@@ -11,7 +12,7 @@ waiting for a CPU.
 import asyncio
 import signal
 import sys
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from time import perf_counter, thread_time
 from typing import Any, Final
@@ -48,9 +49,9 @@ async def _daemon(file: str) -> None:
     await Daemon(config).run()
 
 
-async def _bare(port: str) -> None:
+async def _bare(port: str, body: bytes = _ANSWER, kind: str = "application/json") -> None:
     async def answer(_: web.BaseRequest) -> web.Response:
-        return web.Response(body=_ANSWER, content_type="application/json")
+        return web.Response(body=body, content_type=kind)
 
     runner = web.ServerRunner(web.Server(answer, access_log=None))
     await runner.setup()
@@ -59,6 +60,10 @@ async def _bare(port: str) -> None:
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
     await stop.wait()
     await runner.cleanup()
+
+
+async def _line(port: str) -> None:
+    await _bare(port, b"<!doctype html><title>A line</title><p>One line", "text/html")
 
 
 async def _watched(serving: Coroutine[Any, Any, None]) -> list[Late]:
@@ -71,7 +76,9 @@ async def _watched(serving: Coroutine[Any, Any, None]) -> list[Late]:
 
 def main() -> None:
     """Serve what the command line names."""
-    serving = {"daemon": _daemon, "bare": _bare}[sys.argv[1]](sys.argv[2])
+    kinds: dict[str, Callable[[str], Coroutine[Any, Any, None]]]
+    kinds = {"daemon": _daemon, "bare": _bare, "line": _line}
+    serving = kinds[sys.argv[1]](sys.argv[2])
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         tell({"late": runner.run(_watched(serving))})
 

@@ -17,7 +17,7 @@ from balancesync.model import new_run_id
 
 pytestmark = pytest.mark.slow
 
-MOST_BYTES = 120_000
+MOST_BYTES = 60_000
 MARKUP = "<img src=x onerror=alert(1)>"
 TEXT_KEYS: dict[str, Any] = {"columns": {"user_id": "text", "balance": "numeric(30,2)"}}
 

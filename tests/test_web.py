@@ -3,8 +3,10 @@
 import asyncio
 import json
 import re
+from base64 import b64encode
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
+from hashlib import sha256
 from time import perf_counter
 from typing import Any
 from uuid import uuid4
@@ -130,15 +132,25 @@ async def test_the_page_and_its_files(site: Site) -> None:
         text = await page.text()
         assert page.content_type == "text/html"
         assert page.headers["Content-Security-Policy"].startswith("default-src 'none'; ")
-        assert "unsafe" not in page.headers["Content-Security-Policy"]
+        policy = page.headers["Content-Security-Policy"]
+        assert "unsafe" not in policy
     assert f'data-version="{__version__}"' in text
+    # No other style sheet is waited for, and none but this one is followed.
+    [styles] = re.findall(r"<style>(.*?)</style>", text, re.DOTALL)
+    assert f"style-src 'sha256-{b64encode(sha256(styles.encode()).digest()).decode()}';" in policy
+    assert 'rel="stylesheet"' not in text
     named = re.findall(r'(?:src|href)="static/([^"]+)"', text)
     assert "app.js" in named
-    assert not re.search(r"<style|<script>| style=| on[a-z]+=|https?:", text)
+    assert not re.search(r"<script>| style=| on[a-z]+=|https?:", text)
     for name in named:
         async with site.client.get(f"/static/{name}") as file:
             assert (file.status, len(await file.read()) > 0) == (200, True)
             tag = file.headers["ETag"]
+            assert (file.headers["Content-Encoding"], tag[-6:]) == ("gzip", '-gzip"')
+        plain = {"Accept-Encoding": "gzip;q=0", "If-None-Match": tag}
+        async with site.client.get(f"/static/{name}", headers=plain) as file:
+            assert (file.status, "Content-Encoding" in file.headers) == (200, False)
+            assert file.headers["ETag"] == tag.replace("-gzip", "")
         known = {"If-None-Match": tag}
         async with site.client.get(f"/static/{name}", headers=known) as file:
             assert (file.status, await file.read(), file.headers["ETag"]) == (304, b"", tag)
