@@ -212,6 +212,8 @@ class Daemon:
             if not server.connected
         ]
         current = self.runner.current
+        if state.draining:
+            return "stopping: the batch under way ends" if current else "stopping"
         if down:
             return "; ".join(down)
         if current:

@@ -124,7 +124,9 @@ class Facts:
         # PostgreSQL doesn't know of a run that it was away for.
         if last and (known is None or _end(last) > _end(known)):
             document["last_run"] = without_report(last)
-        fires = [fire.next_at for fire in self._schedule.jobs() if fire.next_at is not None]
+        # What a draining daemon had planned it won't start.
+        jobs = () if self._state.draining else self._schedule.jobs()
+        fires = [fire.next_at for fire in jobs if fire.next_at is not None]
         return document | {
             "name": self._state.name,
             "leader": self._state.leader_name,

@@ -95,6 +95,8 @@ def _daemon_facts(status: Document) -> dict[str, str | Text]:
     """What only a daemon tells."""
     state = status["state"]
     who = f"{state}, {status['name']}"
+    if state == "draining":
+        who += "; it is stopping: the batch under way ends, nothing new is started"
     if state == "standby":
         who += f"; {status['leader']} leads"
     facts: dict[str, str | Text] = {"daemon": who, "live mode": _live_text(status)}

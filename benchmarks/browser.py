@@ -8,8 +8,10 @@ from playwright.async_api import Browser, Page, async_playwright
 from balancesync.errors import BalanceSyncError
 
 _NAMES: Final = ("chromium", "chromium-browser", "google-chrome", "chrome")
-_PAINTED: Final = "performance.getEntriesByType('paint').length > 0"
-_PAINT_MS: Final = "performance.getEntriesByType('paint')[0].startTime"
+_PAINTED_MS: Final = (
+    "new Promise(done => new PerformanceObserver(found => done(found.getEntries()[0].startTime))"
+    ".observe({type: 'paint', buffered: true}))"
+)
 _BYTES: Final = (
     "['navigation', 'resource'].flatMap(kind => performance.getEntriesByType(kind))"
     ".reduce((sum, entry) => sum + entry.transferSize, 0)"
@@ -53,5 +55,4 @@ async def _opened(browser: Browser, url: str) -> tuple[Page, float]:
     context = await browser.new_context(viewport={"width": 1280, "height": 900})
     tab = await context.new_page()
     await tab.goto(url)
-    await tab.wait_for_function(_PAINTED)
-    return tab, float(await tab.evaluate(_PAINT_MS))
+    return tab, float(await tab.evaluate(_PAINTED_MS))

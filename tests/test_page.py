@@ -4,6 +4,7 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+import asyncpg
 import pytest
 import structlog
 from browser import chromium, tab
@@ -196,6 +197,37 @@ async def test_a_run_under_way_and_its_cancel(
         await page.until("#said", "Sync cancelled in")
         await page.until("#runs tbody", "cancelled on demand")
         await page.page.wait_for_selector("#current", state="hidden")
+
+
+async def test_a_daemon_that_is_told_to_stop_while_a_run_is_under_way(
+    browser: Browser, postgres_dsn: str, redis_url: str, redis: Redis, pg: asyncpg.Connection
+) -> None:
+    jobs = {"hourly": {"cron": "0 * * * *", "job": "sync"}}
+    config = daemon_config(
+        postgres_dsn, redis_url, postgres={"lock_timeout": 60.0}, schedule={"jobs": jobs}
+    )
+    await redis.mset({f"balance:{n}": "1" for n in range(100)})
+    async with Inside(config) as daemon, tab(browser, address(config)) as page:
+        await daemon.leads()
+        await daemon.api.sync()
+        await redis.mset({f"balance:{n}": "2" for n in range(100)})
+        async with pg.transaction():
+            # The batch under way waits for it.
+            await pg.execute("SELECT FROM balances WHERE user_id = 7 FOR UPDATE")
+            await page.page.click("#sync")
+            await page.until("#current", "Under way: sync, over HTTP")
+            await page.until("#next", "in ")
+            daemon.daemon.stop()
+            # As when somebody comes back to the tab: it asks at once, else every five seconds.
+            await page.page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
+            await page.until("#state", "draining")
+            await page.until("#verdict-detail", "its run ends with the batch under way, and")
+            await page.until("#next", "none: it is stopping")
+            for button in ("#sync", "#dry", "#cancel"):
+                assert await page.page.is_disabled(button)
+            await page.look("draining")
+        await page.until("#verdict-title", "Connection lost: the daemon was stopping")
+        assert await pg.fetchval("SELECT sum(balance) FROM balances") == 200
 
 
 async def test_a_dry_run_shows_exact_texts_and_no_markup(

@@ -179,9 +179,10 @@ function showSafety() {
   if (lost === null) return view.showVerdict(words.verdict(status, now()));
   const until = status.safe_until;
   const kept = until ? `: everything up to ${words.moment(until, now())} was in PostgreSQL` : "";
+  const was = status.state === "draining" ? "the daemon was stopping" : "the daemon doesn't answer";
   view.showVerdict({
     level: "bad",
-    title: "Connection lost: the daemon doesn't answer",
+    title: `Connection lost: ${was}`,
     detail: `What is shown is as of ${words.moment(heard, now())}${kept}. How it stands now isn't known.`,
   });
 }

@@ -73,7 +73,8 @@ export function showTimes(status, elapsed, now) {
   const left = next ? (Date.parse(next) - now) / 1000 : 0;
   const due = left > 0 ? `in ${words.about(left)}, at ${next && words.moment(next, now)}` : "now";
   const owner = status.state === "standby" ? ` (${status.leader} runs it)` : "";
-  say("next", next ? due + owner : "none planned");
+  const none = status.state === "draining" ? "none: it is stopping" : "none planned";
+  say("next", next ? due + owner : none);
 }
 
 // `then`: when the daemon was heard last, if it isn't any more; null while it is.

@@ -108,6 +108,15 @@ export function rejectsOf(status) {
 
 // Whether the balances are safe: { level: ok | warn | bad | wait, title, detail }.
 export function verdict(status, now) {
+  const found = judged(status, now);
+  if (status.state !== "draining") return found;
+  const run = status.current_run && status.current_run.trigger !== "cli";
+  const ends = run ? "its run ends with the batch under way, and" : "";
+  const detail = `This daemon is stopping: ${ends} nothing new is started. ${found.detail}`;
+  return say(found.level === "ok" ? "warn" : found.level, found.title, detail.replace(/ +/g, " "));
+}
+
+function judged(status, now) {
   const until = status.safe_until && moment(status.safe_until, now);
   const kept = until && `Everything up to ${until} is in PostgreSQL`;
   const checks = status.health.checks;
