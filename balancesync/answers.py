@@ -15,9 +15,7 @@ The words of an error reply are the server's own, and may be another's: only wha
 relied upon, and of NOPERM what stands in quotes.
 """
 
-import os
 import re
-import socket
 import ssl
 from typing import Final
 
@@ -29,6 +27,7 @@ from balancesync.errors import (
     RightMissing,
     RunFailed,
     SourceChanged,
+    why_unreachable,
 )
 
 _LONGEST_QUOTE: Final = 200
@@ -107,8 +106,4 @@ def unreachable(address: Address, error: OSError) -> BalanceSyncError:
         return ConfigError(f"the certificate of Redis at {address} isn't accepted: {why}")
     if isinstance(error, ssl.SSLError):
         return ConfigError(f"Redis at {address} speaks no TLS that we accept; see redis.url")
-    if isinstance(error, socket.gaierror):
-        return RedisUnavailable(f"Redis at {address} can't be reached: no such host")
-    # A host of several addresses raises an error without a number.
-    why = os.strerror(error.errno).lower() if error.errno else "none of its addresses answers"
-    return RedisUnavailable(f"Redis at {address} can't be reached: {why}")
+    return RedisUnavailable(f"Redis at {address} can't be reached: {why_unreachable(error)}")

@@ -15,13 +15,7 @@ from balancesync import __version__, openapi, overview
 from balancesync.balances import Balance, Balances, Missing
 from balancesync.config import Config
 from balancesync.database import Connection, Database, load_sql
-from balancesync.documents import (
-    Document,
-    exact_time_text,
-    reject_document,
-    run_document,
-    time_text,
-)
+from balancesync.documents import Document, reject_document, run_document
 from balancesync.errors import BalanceSyncError, HistoryGap
 from balancesync.facts import Facts, without_report
 from balancesync.listener import HttpProblem, reply, reply_bytes
@@ -34,6 +28,7 @@ from balancesync.reads import Reads
 from balancesync.records import KeptReject, Records
 from balancesync.runner import Runner
 from balancesync.state import State
+from balancesync.times import exact_time_text, time_text
 
 _MOST_ROWS: Final = 1000
 _ROWS: Final = 100

@@ -32,6 +32,7 @@ from balancesync.printing import Print, printer, value_text
 from balancesync.source import Source
 from balancesync.state import State
 from balancesync.table import Table
+from balancesync.times import exact_time_text
 
 _REDIS_S: Final = 1.0
 _POSTGRES_S: Final = 5.0
@@ -97,7 +98,7 @@ class Balances:
             else None
         )
         if values is None:
-            return Missing(f"PostgreSQL had no row at {moment.isoformat()}")
+            return Missing(f"PostgreSQL had no row at {exact_time_text(moment)}")
         return Balance(values, "postgres", moment)
 
     def forget(self) -> None:

@@ -1,7 +1,6 @@
 """Asking a running daemon over its own HTTP API, as the commands do."""
 
 import json
-import os
 from collections.abc import AsyncGenerator
 from typing import Final
 
@@ -9,7 +8,7 @@ import aiohttp
 
 from balancesync.config import HttpConfig
 from balancesync.documents import Document
-from balancesync.errors import BalanceSyncError, DaemonUnavailable, RunFailed
+from balancesync.errors import BalanceSyncError, DaemonUnavailable, RunFailed, why_unreachable
 
 _PREFIX: Final = "/sync-management"
 # A daemon on this machine answers at once, or isn't there.
@@ -79,9 +78,7 @@ class Client:
     def _unavailable(self, error: Exception) -> BalanceSyncError:
         # The library's own words on a refused connection speak of TLS, not of a daemon.
         if isinstance(error, aiohttp.ClientConnectorError):
-            code, said = error.os_error.errno or 0, error.os_error.strerror or "no connection"
-            # A name that can't be resolved has a number below 0, and a text of its own.
-            said = os.strerror(code) if code > 0 else said
+            said = why_unreachable(error.os_error)
         elif isinstance(error, TimeoutError):
             said = "no answer in time"
         else:

@@ -20,8 +20,6 @@ from balancesync.database import Connection, Database, Steps
 from balancesync.documents import (
     Document,
     change_document,
-    exact_time_text,
-    parse_time,
     reject_document,
     run_document,
 )
@@ -34,11 +32,12 @@ from balancesync.errors import (
 )
 from balancesync.history import History
 from balancesync.mapping import InvalidKey, Mapping
-from balancesync.model import WOULD_BE_REFUSED, Mode, Reason, Request
+from balancesync.model import TRIGGERS, WOULD_BE_REFUSED, Job, Mode, Reason, Request
 from balancesync.progress import follow
 from balancesync.records import Records
 from balancesync.source import Source
 from balancesync.sync import Sync
+from balancesync.times import exact_time_text, parse_time
 from balancesync.watch import watch
 
 Command = Callable[[Config, Namespace], Coroutine[Any, Any, int]]
@@ -57,7 +56,7 @@ def configure_logs(config: Config, secrets: tuple[str, ...], *, verbose: bool) -
     if people:
         log = replace(log, level="warning")
     # The result has a run's counts, and the last line its error.
-    untold = frozenset({"run"} if people else ())
+    untold = frozenset({"run" if people else "run.error"})
     telemetry.configure(log, secrets, stream_is_tty=terminal, untold=untold)
 
 
@@ -261,16 +260,28 @@ def _the_mapping(config: Config, name: str | None) -> MappingConfig:
 
 
 async def runs(config: Config, args: Namespace) -> int:
-    """What ran."""
+    """What ran. Live mode has a run for each minute, which would hide the others."""
+    if args.job is not None and args.job not in get_args(Job):
+        raise ConfigError(f"--job must be one of {', '.join(get_args(Job))}")
+    kind = (args.trigger or "cli").partition(":")[0]
+    if kind not in TRIGGERS:
+        raise ConfigError(f"--trigger must be one of {', '.join(TRIGGERS)}, or cron:NAME")
     async with _records(config) as (records, connection):
-        found = await records.runs(connection, limit=args.limit, one=args.id)
+        found = await records.runs(
+            connection,
+            limit=args.limit,
+            one=args.id,
+            live=args.all or args.id is not None or "live" in (args.job, args.trigger),
+            job=args.job,
+            trigger=args.trigger,
+        )
     documents = [run_document(run) for run in found]
     if args.id is not None and not documents:
         raise BalanceSyncError(f"there is no run {args.id}; `balancesync runs` lists them")
     if args.json:
         show.as_json(documents if args.id is None else documents[0])
     elif args.id is None:
-        show.show_runs(documents)
+        show.show_runs(documents, args.limit, chosen=bool(args.job or args.trigger))
     else:
         show.show_one_run(documents[0])
     return 0

@@ -20,7 +20,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Itera
 from contextlib import asynccontextmanager, contextmanager
 from functools import cache
 from typing import Any, Final, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 import asyncpg
 
@@ -34,6 +34,7 @@ from balancesync.errors import (
     SchemaMissing,
     SchemaTooNew,
     Transient,
+    why_unreachable,
 )
 
 Connection = asyncpg.Connection
@@ -120,7 +121,9 @@ class Database:
     def address(self) -> str:
         """`host:port/database`, without user or password, for messages."""
         parts = urlsplit(self.config.dsn.get_secret_value())
-        return parts.netloc.rpartition("@")[2] + parts.path
+        # A socket's folder is an option: libpq's URIs have no other place for it.
+        host = parts.netloc.rpartition("@")[2] or dict(parse_qsl(parts.query)).get("host", "")
+        return host + parts.path
 
     async def close(self) -> None:
         """Close the pools; sessions are closed by those who opened them."""
@@ -285,7 +288,7 @@ def translate(error: BaseException, address: str) -> BalanceSyncError | None:
         case TimeoutError():
             return PostgresUnavailable(f"{where} didn't answer in time")
         case OSError():
-            return PostgresUnavailable(f"{where} can't be reached: {said}")
+            return PostgresUnavailable(f"{where} can't be reached: {why_unreachable(error)}")
     return None
 
 

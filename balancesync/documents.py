@@ -3,9 +3,7 @@
 Times are ISO 8601 in UTC, durations seconds, counts integers, amounts exact texts.
 """
 
-import re
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from typing import Any, Final
 
 from balancesync.history import Change
@@ -13,52 +11,11 @@ from balancesync.model import Run
 from balancesync.records import KeptReject
 from balancesync.report import Report
 from balancesync.target import Op, Row
+from balancesync.times import exact_time_text, time_text
 
 Document = dict[str, Any]
 
-# datetime.fromisoformat() takes more: days and weeks without a time, and times without a zone.
-_TIME: Final = re.compile(
-    r"[0-9]{4}-[0-9]{2}-[0-9]{2}[T ][0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,6})?"
-    r"(Z|[+-][0-9]{2}:[0-9]{2})"
-)
 OPS: Final[dict[Op, str]] = {"i": "insert", "u": "update", "d": "delete", "k": "keep"}
-
-
-def time_text(at: datetime | None) -> str | None:
-    """A time as documents have it, to the millisecond; it must know its zone.
-
-    >>> time_text(datetime(2026, 1, 31, 2, tzinfo=UTC))
-    '2026-01-31T02:00:00.000Z'
-    """
-    if at is None:
-        return None
-    return at.astimezone(UTC).isoformat(timespec="milliseconds").removesuffix("+00:00") + "Z"
-
-
-def exact_time_text(at: datetime) -> str:
-    """The same with all that PostgreSQL knows of it: a history's moments are to be asked for.
-
-    >>> exact_time_text(datetime(2026, 1, 31, 2, tzinfo=UTC))
-    '2026-01-31T02:00:00.000000Z'
-    """
-    return at.astimezone(UTC).isoformat(timespec="microseconds").removesuffix("+00:00") + "Z"
-
-
-def parse_time(text: str) -> datetime:
-    """Read an ISO 8601 time with its offset from UTC, to the second or finer.
-
-    Raises ValueError with one line that says what to write.
-
-    >>> parse_time("2026-01-31T02:00:00+02:00").astimezone(UTC).hour
-    0
-    """
-    try:
-        at = datetime.fromisoformat(text).astimezone(UTC) if _TIME.fullmatch(text) else None
-    except (ValueError, OverflowError):
-        at = None
-    if at is None:
-        raise ValueError("must be a time with its offset from UTC, such as 2026-01-31T02:00:00Z")
-    return at
 
 
 def run_document(run: Run, reports: Sequence[Report] | None = None) -> Document:

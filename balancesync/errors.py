@@ -27,6 +27,9 @@ is one line, names the thing, the cause and the way out, and holds no DSN, passw
 """
 
 import inspect
+import os
+import socket
+import ssl
 from typing import ClassVar
 
 
@@ -133,6 +136,27 @@ class HistoryGap(BalanceSyncError):
 
 class EmbeddedError(BalanceSyncError):
     """No private Redis or PostgreSQL server could be started."""
+
+
+def why_unreachable(error: OSError) -> str:
+    """Why a server can't be reached, in words: what the system's error says without its number.
+
+    >>> why_unreachable(ConnectionRefusedError(111, "Connect call failed ('127.0.0.1', 1)"))
+    'connection refused'
+    """
+    if isinstance(error, socket.gaierror):
+        return "no such host"
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"its certificate isn't accepted: {error.verify_message or 'it does not verify'}"
+    if isinstance(error, ssl.SSLError):
+        return "it speaks no TLS that we accept"
+    if error.errno:
+        return os.strerror(error.errno).lower()
+    said = str(error)
+    # A host of several addresses raises one error without a number for all of them.
+    if said.startswith("Multiple exceptions"):
+        return "none of its addresses answers"
+    return said or "the connection was lost"
 
 
 def _summary(cls: type[BalanceSyncError]) -> str:

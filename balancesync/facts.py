@@ -14,12 +14,13 @@ from uuid import UUID
 from balancesync import overview
 from balancesync.config import Config
 from balancesync.database import Database
-from balancesync.documents import Document, run_document, time_text
+from balancesync.documents import Document, run_document
 from balancesync.errors import BalanceSyncError
 from balancesync.model import Counts
 from balancesync.runner import Runner, Ticket, progress_document
 from balancesync.schedule import Schedule
 from balancesync.state import Events, State
+from balancesync.times import time_text
 
 DaemonState = Literal["idle", "running", "standby", "draining"]
 

@@ -23,6 +23,7 @@ from balancesync.errors import HistoryGap
 from balancesync.printing import value_text
 from balancesync.statements import key_array, staged_type
 from balancesync.table import Table
+from balancesync.times import exact_time_text
 
 # A program of before step 2 doesn't say which step it knows.
 _UNBROKEN: Final = """NOT EXISTS (
@@ -109,11 +110,10 @@ class History:
                 f"{name}: no past is known yet; changes are kept from the next sync on"
             )
         if moment < since:
-            raise HistoryGap(
-                f"{name}: the past is known since {since.isoformat()} only; see docs/history.md"
-            )
+            begin = exact_time_text(since)
+            raise HistoryGap(f"{name}: the past is known since {begin} only; see docs/history.md")
         if moment > await connection.fetchval("SELECT clock_timestamp()"):
-            raise HistoryGap(f"{name}: {moment.isoformat()} is yet to come")
+            raise HistoryGap(f"{name}: {exact_time_text(moment)} is yet to come")
 
     async def changes(
         self, connection: Connection, mapping: str, key: Sequence[str], limit: int

@@ -13,6 +13,8 @@ WOULD_BE_REFUSED: Final = "a sync would be refused"
 
 Job = Literal["sync", "verify", "restore", "prune", "live"]
 Mode = Literal["apply", "dry_run", "verify"]
+# What begins a run's trigger; that of a schedule's job is `cron:NAME`.
+TRIGGERS: Final = ("startup", "cron", "http", "sighup", "cli", "live", "recovery")
 Status = Literal[
     "queued",
     "running",

@@ -9,11 +9,12 @@ from typing import Final, Literal
 
 from balancesync.config import Config
 from balancesync.database import Connection, Database, Steps, load_sql, lock_key
-from balancesync.documents import Document, run_document, time_text
+from balancesync.documents import Document, run_document
 from balancesync.errors import BalanceSyncError
 from balancesync.model import Run, exceeds
 from balancesync.records import Records
 from balancesync.source import Source
+from balancesync.times import time_text
 
 Level = Literal["ok", "degraded", "failed"]
 

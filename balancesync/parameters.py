@@ -10,8 +10,8 @@ from typing import Final
 from urllib.parse import parse_qsl
 from uuid import UUID
 
-from balancesync.documents import parse_time
 from balancesync.listener import HttpProblem
+from balancesync.times import parse_time
 
 _SWITCH: Final = {"true": True, "1": True, "false": False, "0": False}
 _UUID: Final = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")

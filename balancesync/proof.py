@@ -24,6 +24,7 @@ from balancesync.errors import BalanceSyncError, RunFailed
 from balancesync.model import Request
 from balancesync.show import ago, write
 from balancesync.state import Event
+from balancesync.times import short_time_text
 from balancesync.traffic import Balances, Traffic
 
 TOTAL_WEI: Final = 72_009_990_499_480_000_000_000_000
@@ -132,7 +133,7 @@ class Proof:
             await self._sync(session)
             return
         write(
-            f"{datetime.now(UTC):%H:%M:%S} live: {self._traffic.moved:,} transfers so far,"
+            f"{short_time_text(datetime.now(UTC))} live: {self._traffic.moved:,} transfers so far,"
             f" {self._metric('records_total', outcome='updated', mapping='balances'):,.0f} rows"
             f" written, on average {self._lag_s():.2f} s after Redis said so"
         )
@@ -197,7 +198,8 @@ def _in_short(run: Document) -> str:
     error = f": {run['error']}" if run["error"] else ""
     took = ago(run["duration_s"] or 0.0)
     asked = f"{run['job']} ({run['trigger']})"
-    return f"{datetime.now(UTC):%H:%M:%S} {asked} {run['status']}, {done} {verb}, {took}{error}"
+    at = short_time_text(datetime.now(UTC))
+    return f"{at} {asked} {run['status']}, {done} {verb}, {took}{error}"
 
 
 async def ask_sum(config: Config) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from typing import Any, Final
 from uuid import UUID
 
 from balancesync.database import NO_LIMIT, Connection, Database, load_sql, lock_key
-from balancesync.model import Baseline, Counts, Known, Run
+from balancesync.model import Baseline, Counts, Job, Known, Run
 
 # An advisory lock of 64 bits shows in pg_locks as two halves:
 # https://www.postgresql.org/docs/current/view-pg-locks.html
@@ -110,9 +110,14 @@ class Records:
         before: UUID | None = None,
         one: UUID | None = None,
         live: bool = True,
+        job: Job | None = None,
+        trigger: str | None = None,
     ) -> list[Run]:
-        """Recorded runs, newest first; with `live` those of live mode, too."""
-        rows = await connection.fetch(self._sql["runs"], before, one, limit, live)
+        """Recorded runs, newest first; with `live` those of live mode, too.
+
+        `job` and `trigger` leave out all others; `cron` is the trigger of all jobs of the schedule.
+        """
+        rows = await connection.fetch(self._sql["runs"], before, one, limit, live, job, trigger)
         return [_run(dict(row)) for row in rows]
 
     async def last_success(self, connection: Connection) -> Run | None:

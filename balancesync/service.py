@@ -13,9 +13,10 @@ from zoneinfo import ZoneInfo
 from balancesync import show
 from balancesync.client import Client
 from balancesync.config import Config
-from balancesync.documents import Document, time_text
+from balancesync.documents import Document
 from balancesync.errors import DaemonUnavailable, RunFailed
 from balancesync.schedule import next_fire
+from balancesync.times import short_time_text, time_text
 
 
 async def ask(config: Config, path: str, otherwise: Callable[[], Awaitable[Document]]) -> Document:
@@ -107,7 +108,7 @@ async def _follow(config: Config, *, as_json: bool) -> None:
             if as_json:
                 show.write(json.dumps({"event": kind} | document))
             else:
-                show.write(f"{datetime.now(UTC):%H:%M:%S} {kind} {_in_short(document)}")
+                show.write(f"{short_time_text(datetime.now(UTC))} {kind} {_in_short(document)}")
 
 
 def _in_short(document: Document) -> str:

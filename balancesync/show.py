@@ -19,6 +19,7 @@ from rich.text import Text
 
 from balancesync.documents import Document
 from balancesync.telemetry import printable
+from balancesync.times import short_time_text
 from balancesync.values import show as quoted
 
 _COUNTS: Final = {
@@ -178,7 +179,7 @@ def moment(text: str | None) -> str:
     """A document's time, to the second and in UTC."""
     if text is None:
         return "-"
-    return datetime.fromisoformat(text).strftime("%Y-%m-%d %H:%M:%S")
+    return short_time_text(datetime.fromisoformat(text))
 
 
 # --- runs -----------------------------------------------------------------------------------------
@@ -261,14 +262,14 @@ def _cell(text: str | None) -> Text:
     return Text(text if text.isprintable() else quoted(text.encode(errors="backslashreplace")))
 
 
-def show_runs(runs: Sequence[Document]) -> None:
-    """A list of runs, one a line."""
+def show_runs(runs: Sequence[Document], limit: int, *, chosen: bool) -> None:
+    """A list of runs, one a line; `chosen`: only some were asked for."""
     if not runs:
-        write("nothing has run yet")
+        write("no such run is recorded" if chosen else "nothing has run yet")
         return
     names = ("scanned", "rejected", "inserted", "updated", "deleted")
     made = Grid(
-        *("started (UTC)", "job", "trigger", "mode", "status", "took", *names, "id"),
+        *("started", "job", "trigger", "mode", "status", "took", *names, "id"),
         right=("took", *names),
         spare=("id", "trigger", "deleted", "inserted", "updated", "scanned", "took", "rejected"),
     )
@@ -282,6 +283,8 @@ def show_runs(runs: Sequence[Document]) -> None:
             run["id"],
         )
     write(made)
+    if len(runs) == limit:
+        write(f"at most {limit:,} are shown; --limit shows more")
 
 
 def show_one_run(run: Document) -> None:
@@ -291,8 +294,8 @@ def show_one_run(run: Document) -> None:
     facts: dict[str, Any] = {
         "job": run["job"] + (f" of {run['mapping']}" if run["mapping"] else ""),
         "trigger": run["trigger"],
-        "started": f"{moment(run['started_at'])} UTC",
-        "finished": f"{moment(run['finished_at'])} UTC" if run["finished_at"] else "-",
+        "started": moment(run["started_at"]),
+        "finished": moment(run["finished_at"]),
     }
     for name, value in facts.items():
         made.add_row(name, value)
@@ -309,8 +312,8 @@ def show_rejects(rejects: Sequence[Document], limit: int) -> None:
         return
     healed = any(reject["healed_at"] for reject in rejects)
     made = Grid(
-        *("mapping", "key", "value", "reason", "detail", "since (UTC)"),
-        *(["healed (UTC)"] if healed else []),
+        *("mapping", "key", "value", "reason", "detail", "since"),
+        *(["healed"] if healed else []),
     )
     for reject in rejects:
         value = reject["value"]

@@ -34,7 +34,7 @@ def status_lines(status: Document) -> list[Line]:
     lines: list[Line] = [_verdict(status), "", grid]
     for refusal in status["refusal"] or ():
         since = moment(refusal["refused_at"])
-        text = f'the guard refuses mapping "{refusal["mapping"]}" since {since} UTC: '
+        text = f'the guard refuses mapping "{refusal["mapping"]}" since {since}: '
         lines += ["", Text(printable(f"{text}{refusal['reason']}"), STYLES["refused"])]
     if status["refusal"]:
         lines += _WAYS
@@ -43,7 +43,7 @@ def status_lines(status: Document) -> list[Line]:
 
 def _verdict(status: Document) -> Text:
     until = status["safe_until"] and moment(status["safe_until"])
-    kept = f"everything up to {until} UTC is in PostgreSQL"
+    kept = f"everything up to {until} is in PostgreSQL"
     if not status["postgres"]["connected"]:
         what = f"; {kept}, the rest is in Redis alone" if until else ""
         alone = status["redis"]["connected"]
@@ -58,7 +58,7 @@ def _verdict(status: Document) -> Text:
         return Text(f"Redis doesn't answer; {kept}", _LEVELS["look"])
     checks = status.get("health", {"checks": {}})["checks"]
     if checks.get("last_success", {"status": "ok"})["status"] == "failed":
-        return Text(f"not safe: nothing newer than {until} UTC is in PostgreSQL", _LEVELS["act"])
+        return Text(f"not safe: nothing newer than {until} is in PostgreSQL", _LEVELS["act"])
     rejects = sum(sum(reasons.values()) for reasons in status["rejects"].values())
     but = f", but for {rejects:,} reject{'s' if rejects > 1 else ''}" if rejects else ""
     last = status["last_run"]
@@ -77,7 +77,7 @@ def _facts(status: Document) -> dict[str, str | Text]:
     facts["last success"] = Text("none yet", "yellow")
     if status["last_success_at"]:
         age = ago(status["last_success_age_s"])
-        facts["last success"] = f"{age} ago, at {moment(status['last_success_at'])} UTC"
+        facts["last success"] = f"{age} ago, at {moment(status['last_success_at'])}"
     facts["last run"] = _run_text(status["last_run"])
     last = status["last_run"]
     if last and last["error"] and not status["refusal"]:
@@ -102,7 +102,7 @@ def _daemon_facts(status: Document) -> dict[str, str | Text]:
     facts: dict[str, str | Text] = {"daemon": who, "live mode": _live_text(status)}
     if status["next_run_at"]:
         left = (datetime.fromisoformat(status["next_run_at"]) - datetime.now(UTC)).total_seconds()
-        facts["next run"] = f"in {ago(max(left, 0))}, at {moment(status['next_run_at'])} UTC"
+        facts["next run"] = f"in {ago(max(left, 0))}, at {moment(status['next_run_at'])}"
     if status["queued_runs"]:
         facts["waiting"] = f"{len(status['queued_runs']):,}"
     return facts
@@ -140,7 +140,7 @@ def _run_text(run: Document | None) -> Text:
         return Text("none yet", "yellow")
     took = "" if run["duration_s"] is None else f" in {ago(run['duration_s'])}"
     name = {"dry_run": "dry run", "verify": "verify"}.get(run["mode"], run["job"])
-    begun = f"{name} ({run['trigger']}) at {moment(run['started_at'])} UTC, "
+    begun = f"{name} ({run['trigger']}) at {moment(run['started_at'])}, "
     return Text.assemble(begun, status_text(run["status"]), f"{took}, {run['id']}")
 
 

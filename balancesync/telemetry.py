@@ -35,7 +35,8 @@ def configure(
         log: level and format; `auto` is for people if `stream_is_tty`.
         secrets: what must never be written, see `secrets_of`.
         stream_is_tty: whether stderr, where the logs go, is a terminal.
-        untold: events that are left out, for whoever reads the log is told of them otherwise.
+        untold: events (`event`) and fields of events (`event.field`) that are left out, for whoever
+            reads the log is told of them otherwise.
     """
     console = log.format == "console" or (log.format == "auto" and stream_is_tty)
     level = logging.getLevelNamesMapping()[log.level.upper()]
@@ -102,9 +103,10 @@ def printable(text: str) -> str:
 
 def _dropper(untold: frozenset[str]) -> Processor:
     def process(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
-        if event["event"] in untold:
+        name = event["event"]
+        if name in untold:
             raise structlog.DropEvent
-        return event
+        return {field: event[field] for field in event if f"{name}.{field}" not in untold}
 
     return process
 

@@ -22,6 +22,7 @@ from balancesync.errors import BalanceSyncError, PostgresUnavailable
 from balancesync.show import STYLES, Grid, Line, write
 from balancesync.standing import status_lines
 from balancesync.telemetry import printable
+from balancesync.times import short_time_text
 
 Ask = Callable[[], Awaitable[Document]]
 # Draws one picture; false: nobody looks any more.
@@ -97,7 +98,7 @@ def _draw_block(document: Document | None, lines: list[Line]) -> bool:
 
 
 def _now() -> str:
-    return f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
+    return short_time_text(datetime.now(UTC))
 
 
 def _picture(console: Console, document: Document | None, lines: list[Line]) -> Group:

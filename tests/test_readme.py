@@ -12,7 +12,7 @@ import pytest
 from redis.asyncio import Redis
 from running import processes
 
-from balancesync import cli
+from balancesync import arguments
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -45,7 +45,7 @@ def command_lines() -> list[tuple[str, str]]:
 def test_every_command_line_can_be_typed(page: str, command: str) -> None:
     words = shlex.split(command)[1:]
     if words[-1] != "--help":
-        assert cli._parser().parse_args(words).command in words
+        assert arguments.parse(words).command in words
 
 
 def test_there_are_command_lines_on_each_page_of_commands() -> None:
@@ -159,7 +159,7 @@ def anchors(text: str) -> set[str]:
 
 def test_every_command_is_documented() -> None:
     text = TEXTS["docs/commands.md"]
-    for command in cli._OPTIONS:
+    for command in arguments.OPTIONS:
         assert re.search(rf"^balancesync {command}\b", text, re.MULTILINE), command
 
 

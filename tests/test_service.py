@@ -66,7 +66,7 @@ async def test_without_a_daemon(
         code, out, err = await command(config, asked)
         assert (code, out) == (75, "")
         assert err.startswith(f"balancesync: no daemon answers at 127.0.0.1:{config.http.port}: ")
-        assert "Connection refused; start one with `balancesync run`" in err
+        assert "connection refused; start one with `balancesync run`" in err
         assert "ssl" not in err
 
 

@@ -204,7 +204,7 @@ GOOD: dict[str, Any] = {
 }
 REFUSAL = [{"mapping": "m", "reason": "no key", "refused_at": None}]
 OVERDUE = {"checks": {"last_success": {"status": "failed", "detail": ""}}}
-UNTIL = "everything up to 2026-01-31 02:00:00 UTC is in PostgreSQL"
+UNTIL = "everything up to 2026-01-31T02:00:00Z is in PostgreSQL"
 BOTH_DOWN = "neither PostgreSQL nor Redis answers"
 
 
@@ -245,7 +245,7 @@ def test_a_daemon_tells_more(capsys: pytest.CaptureFixture[str]) -> None:
         ({"safe_until": None}, "nothing is in PostgreSQL yet: no sync has succeeded"),
         (
             {"health": OVERDUE},
-            "not safe: nothing newer than 2026-01-31 02:00:00 UTC is in PostgreSQL",
+            "not safe: nothing newer than 2026-01-31T02:00:00Z is in PostgreSQL",
         ),
     ],
 )

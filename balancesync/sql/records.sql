@@ -19,6 +19,7 @@ SELECT id, job, trigger, mode, CASE WHEN {abandoned} THEN 'interrupted' ELSE sta
     warnings, error, redis_run_id
 FROM {schema}.runs AS r
 WHERE ($1::uuid IS NULL OR id < $1) AND ($2::uuid IS NULL OR id = $2) AND ($4 OR job <> 'live')
+    AND ($5::text IS NULL OR job = $5) AND ($6::text IS NULL OR $6 IN (trigger, split_part(trigger, ':', 1)))
 ORDER BY id DESC LIMIT $3;
 
 -- name: last_success

@@ -45,7 +45,7 @@ function pill(status) {
 function time(text, now) {
   const made = make("time", "", words.moment(text, now));
   made.dateTime = text;
-  made.title = `${text.slice(0, 19).replace("T", " ")} UTC`;
+  made.title = `${text.slice(0, 19)}Z`;
   return made;
 }
 
