@@ -41,17 +41,22 @@ class Leadership:
     async def serve(self) -> None:
         """Lead whenever the lock can be had; ends by being cancelled, or by SchemaTooNew."""
         pause = _POLL_S
+        away = False
         while True:
             try:
                 with self._database.translated():
                     self._connection = await self._connect()
+                    away = False
                     await self._lead(self._connection)
             except SchemaTooNew:
                 raise
             except BalanceSyncError as error:
                 # Told first: giving the lock back may take a hanging server's time-out.
                 self._on_change(False, None)
-                log.warning("not leading: PostgreSQL can't be asked", error=str(error))
+                # Once an outage, however long; its end is told by who leads then.
+                write = log.debug if away else log.warning
+                write("not leading: PostgreSQL can't be asked", error=str(error))
+                away = True
                 pause = _POLL_S if self._connection else min(pause * 2, _LONGEST_PAUSE_S)
             finally:
                 await self.release()

@@ -5,12 +5,15 @@ import signal
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import asyncpg
 import pytest
+from proxy import Proxy
 from pydantic import SecretStr
 from redis.asyncio import Redis
 from running import VANISHING, Inside, Outside, Processes, daemon_config, free_port, processes
+from structlog.testing import capture_logs
 
 from balancesync import leadership, runner
 from balancesync.config import PostgresConfig
@@ -176,6 +179,36 @@ async def test_a_loss_is_told_before_the_lock_is_given_back(
     finally:
         serving.cancel()
         await asyncio.gather(serving, return_exceptions=True)
+
+
+async def test_an_outage_is_warned_of_once(
+    postgres_dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("_POLL_S", "_PROVE_S", "_LONGEST_PAUSE_S"):
+        monkeypatch.setattr(leadership, name, 0.02)
+    heard: asyncio.Queue[bool] = asyncio.Queue()
+    parts = urlsplit(postgres_dsn)
+    async with Proxy(parts.port or 5432) as proxy, asyncio.timeout(20):
+        dsn = parts._replace(netloc=f"postgres@127.0.0.1:{proxy.port}").geturl()
+        database = Database(PostgresConfig(dsn=SecretStr(dsn)))
+        leader = Leadership(database, "here:1", lambda leads, _: heard.put_nowait(leads))
+        with capture_logs() as lines:
+            serving = asyncio.create_task(leader.serve())
+            for _ in range(2):
+                while not await heard.get():
+                    pass
+                await proxy.refuse()
+                # Each is another attempt in vain; the last is told before its line is written.
+                for _ in range(4):
+                    assert not await heard.get()
+                await proxy.accept()
+            while not await heard.get():
+                pass
+            serving.cancel()
+            await asyncio.gather(serving, return_exceptions=True)
+    told = [line["log_level"] for line in lines if line["event"].startswith("not leading")]
+    assert told.count("warning") == 2, lines
+    assert told.count("debug") >= 6
 
 
 async def test_a_standby_owes_nothing(
