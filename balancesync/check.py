@@ -1,49 +1,26 @@
 """`balancesync check`: everything that could go wrong later, looked for now, with the way out.
 
-Nothing is written: rights are asked of the catalogs, values are sampled and judged by the very
-rules that a sync judges them by.
+Nothing is written: rights are asked of the catalogs, values are sampled, and what live mode needs
+is tried for a moment, with keys that nobody has.
 """
 
-from collections import Counter
+import asyncio
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
-from decimal import Decimal
-from typing import Any, Final, Literal, get_args
+from typing import Any, Final
 
 from balancesync import table as tables
 from balancesync.config import Config, MappingConfig
 from balancesync.database import Connection, Database, Steps, load_sql, quote
-from balancesync.errors import (
-    BalanceSyncError,
-    PostgresUnavailable,
-    RedisUnavailable,
-    TargetMismatch,
-    Unavailable,
-)
-from balancesync.mapping import Mapping
-from balancesync.model import Batch, Reject
+from balancesync.errors import BalanceSyncError, TargetMismatch, Unavailable
+from balancesync.findings import Finding, Level, failure
 from balancesync.nodes import Facts
-from balancesync.part import reading_of
-from balancesync.reading import Sample
+from balancesync.sampling import look_at_sample
 from balancesync.source import Source
 from balancesync.table import Table
-from balancesync.values import show
+from balancesync.tracking import Tracking
 
-Level = Literal["ok", "warning", "error", "unreachable"]
-
-LEVELS: Final = get_args(Level)
-SAMPLED_KEYS: Final = 1_000
-# Far more than INCRBYFLOAT leaves behind, and far less than a step of most balances.
-_TOLERANCE: Final = Decimal("0.000001")
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One thing looked at. `topic` is configuration, redis, postgres or a mapping's name."""
-
-    level: Level
-    topic: str
-    text: str
+# Keys that begin like this are told to us for the moment that it takes to see that they would be.
+_NOBODYS: Final = b"balancesync:check:"
 
 
 async def check(config: Config, database: Database, source: Source) -> AsyncIterator[Finding]:
@@ -54,11 +31,13 @@ async def check(config: Config, database: Database, source: Source) -> AsyncIter
     async for finding in _check_redis(source):
         redis = redis and finding.level not in ("error", "unreachable")
         yield finding
+    if redis:
+        yield await _check_live(config, source)
     found: dict[str, Table] = {}
     try:
         connection = await database.connect()
     except BalanceSyncError as error:
-        yield _failure("postgres", error)
+        yield failure("postgres", error)
     else:
         try:
             async for finding in _check_postgres(config, database, connection):
@@ -66,18 +45,14 @@ async def check(config: Config, database: Database, source: Source) -> AsyncIter
             async for finding in _check_tables(config, database, connection, found):
                 yield finding
         except BalanceSyncError as error:
-            yield _failure("postgres", error)
+            yield failure("postgres", error)
         finally:
             connection.terminate()
     if redis:
         for mapping in config.mapping:
-            async for finding in _check_sample(mapping, found.get(mapping.name), source):
+            table = found.get(mapping.name)
+            async for finding in look_at_sample(mapping, table, source, database):
                 yield finding
-
-
-def _failure(topic: str, error: BalanceSyncError) -> Finding:
-    unreachable = isinstance(error, RedisUnavailable | PostgresUnavailable | Unavailable)
-    return Finding("unreachable" if unreachable else "error", topic, str(error))
 
 
 # --- Redis ----------------------------------------------------------------------------------------
@@ -88,7 +63,7 @@ async def _check_redis(source: Source) -> AsyncIterator[Finding]:
         identity = await source.identity()
         facts = await source.facts()
     except BalanceSyncError as error:
-        yield _failure("redis", error)
+        yield failure("redis", error)
         return
     keys = f"{identity.dbsize:,} keys"
     servers = f"{len(facts)} primaries" if len(facts) > 1 else "one primary"
@@ -147,6 +122,25 @@ def _judge_persistence(fact: Facts) -> list[Finding]:
         return [Finding("ok", "redis", text)]
     text = f"{where} keeps nothing on disk: {lost}; CONFIG SET appendonly yes"
     return [Finding("warning", "redis", text)]
+
+
+async def _check_live(config: Config, source: Source) -> Finding:
+    """Whether live mode could follow what changes, wanted or not."""
+    wanted = config.live.enabled
+    stirred, hurry = asyncio.Event(), asyncio.Event()
+    try:
+        tracking = await Tracking.open(
+            source, [_NOBODYS], limit=config.live.max_pending, stirred=stirred, hurry=hurry
+        )
+    except BalanceSyncError as error:
+        if wanted or isinstance(error, Unavailable):
+            return failure("live", error)
+        return Finding("ok", "live", f"live mode isn't enabled, and couldn't be: {error}")
+    await tracking.close()
+    if wanted:
+        return Finding("ok", "live", "Redis tells what changes, and this user may hear it")
+    text = "live mode isn't enabled, but could be: Redis tells what changes, and this user may hear"
+    return Finding("ok", "live", f"{text} it")
 
 
 # --- PostgreSQL -----------------------------------------------------------------------------------
@@ -255,12 +249,12 @@ async def _check_tables(
         except BalanceSyncError as error:
             if isinstance(error, Unavailable):
                 raise
-            yield _failure(mapping.name, error)
+            yield failure(mapping.name, error)
     try:
         there = [(each, found[each.name]) for each in config.mapping if each.name in found]
         tables.refuse_shared(there)
     except TargetMismatch as error:
-        yield _failure("configuration", error)
+        yield failure("configuration", error)
 
 
 async def _judge_triggers(
@@ -279,78 +273,22 @@ async def _judge_triggers(
 async def _judge_missing(connection: Connection, mapping: MappingConfig) -> Finding:
     schema, _ = mapping.table_name
     role = await _ask_role(connection, quote(schema or "public"))
-    may = role["may_create_in_schema"] if schema else role["may_create_in_default"]
+    name = quote(role["role"])
     if schema and not role["has_schema"]:
-        may = role["may_create_schema"]
-    if may:
+        there = f"the table {mapping.table} isn't there, nor is its schema {schema}"
+        if role["may_create_schema"]:
+            return Finding("ok", mapping.name, f"{there}: the first sync creates both")
+        way = f"as an administrator CREATE SCHEMA {quote(schema)} AUTHORIZATION {name}"
+        text = f"{there}, and role {role['role']} may not create it; {way}"
+        return Finding("error", mapping.name, text)
+    if role["may_create_in_schema"] if schema else role["may_create_in_default"]:
         return Finding("ok", mapping.name, f"the first sync creates the table {mapping.table}")
     where = schema or role["default_schema"] or "public"
+    # A schema that may not be used is none of the search path's.
+    rights = "CREATE" if schema or role["default_schema"] else "USAGE, CREATE"
     return Finding(
         "error",
         mapping.name,
         f"the table {mapping.table} isn't there, and role {role['role']} may not create it; GRANT"
-        f" CREATE ON SCHEMA {quote(where)} TO {quote(role['role'])}, or create the table",
+        f" {rights} ON SCHEMA {quote(where)} TO {name}, or create the table",
     )
-
-
-# --- what the keys hold ---------------------------------------------------------------------------
-
-
-async def _check_sample(
-    config: MappingConfig, table: Table | None, source: Source
-) -> AsyncIterator[Finding]:
-    mapping = Mapping(config, table.nullable(config) if table else None)
-    try:
-        sample = await source.sample(reading_of(mapping), SAMPLED_KEYS)
-    except BalanceSyncError as error:
-        yield _failure(config.name, error)
-        return
-    batch = mapping.parse(sample.batch)
-    if not batch.count and not batch.rejects:
-        where = f"no field of {config.key}" if config.member else f"no key like {config.key}"
-        text = f"{where} was found: is it the right template, and the right database of Redis?"
-        yield Finding("warning", config.name, text)
-        return
-    yield Finding("ok", config.name, f"{batch.count:,} of {_seen(batch):,} sampled values fit")
-    for finding in (*_judge_rejects(config, batch), *_judge_ttls(config, sample)):
-        yield finding
-
-
-def _seen(batch: Batch) -> int:
-    return batch.count + len(batch.rejects)
-
-
-def _judge_rejects(config: MappingConfig, batch: Batch) -> list[Finding]:
-    first: dict[str, Reject] = {}
-    for reject in batch.rejects:
-        first.setdefault(reject.reason, reject)
-    counts = Counter[str](reject.reason for reject in batch.rejects)
-    found = []
-    for reason, count in counts.most_common():
-        text = f"{count:,} of {_seen(batch):,} sampled values would be rejects ({reason}), such as"
-        text += f" {show(first[reason].key)}: {first[reason].detail}"
-        if reason == "residue":
-            text += (
-                f'. Set tolerance = "{_tolerance(config):f}" in this mapping: such tails are left'
-                " by INCRBYFLOAT and mean the amount next to them"
-            )
-        found.append(Finding("warning", config.name, text))
-    return found
-
-
-def _tolerance(config: MappingConfig) -> Decimal:
-    """The tolerance to recommend: a millionth, or less where a column's steps are as small."""
-    steps = [step for name in config.value_columns if (step := config.types[name].step)]
-    return min([_TOLERANCE, *(step / 1_000 for step in steps if step <= 2 * _TOLERANCE)])
-
-
-def _judge_ttls(config: MappingConfig, sample: Sample) -> list[Finding]:
-    ttls = sorted(ttl for ttl in sample.ttls if ttl is not None)
-    if not ttls:
-        return [Finding("ok", config.name, "none of the sampled keys expires")]
-    text = (
-        f"{len(ttls):,} of {len(sample.ttls):,} sampled keys expire, the next in"
-        f" {ttls[0] / 1000:,.0f} s: a balance with a TTL is a balance about to be lost; let the"
-        " application PERSIST it, or write without EX, PX and EXPIRE"
-    )
-    return [Finding("warning", config.name, text)]

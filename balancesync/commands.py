@@ -30,6 +30,7 @@ from balancesync.errors import (
     TargetMismatch,
     Unavailable,
 )
+from balancesync.findings import LEVELS
 from balancesync.history import History
 from balancesync.mapping import InvalidKey, Mapping
 from balancesync.model import TRIGGERS, WOULD_BE_REFUSED, Job, Mode, Reason, Request
@@ -370,7 +371,7 @@ async def check(config: Config, args: Namespace) -> int:
     if args.json:
         show.as_json([asdict(finding) for finding in found])
     else:
-        counts = (f"{levels[level]} {level}" for level in checks.LEVELS if levels[level])
+        counts = (f"{levels[level]} {level}" for level in LEVELS if levels[level])
         show.write(", ".join(counts))
     if levels["error"]:
         return TargetMismatch.exit_code

@@ -345,7 +345,10 @@ class Steps:
         """Raise SchemaMissing or SchemaTooNew unless this program can work with the schema."""
         current = await self.current(connection)
         if current < self.newest:
-            raise SchemaMissing
+            schema = self._database.config.schema
+            what = "an older balancesync's tables" if current else "no tables of balancesync's own"
+            where = f"PostgreSQL at {self._database.address} has {what} in the schema {schema}"
+            raise SchemaMissing(f"{where}; run `balancesync init`")
         self._refuse_newer(current)
 
     async def upgrade(self, connection: Connection) -> int:

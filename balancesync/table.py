@@ -68,9 +68,10 @@ async def inspect(connection: Connection, mapping: MappingConfig) -> Table:
     if relation is None:
         await _refuse_hidden(connection, mapping)
         if mapping.mode == "update":
+            lacks = "" if await _has_schema(connection, mapping) else ", nor does its schema"
             raise TargetMismatch(
-                f'mapping "{mapping.name}": the table {mapping.table} does not exist, and mode ='
-                ' "update" never creates one; create it or correct mapping.table'
+                f'mapping "{mapping.name}": the table {mapping.table} does not exist{lacks}, and'
+                ' mode = "update" never creates one; create it or correct mapping.table'
             )
         return Table(name)
     # By its full name from here on: a search path may change, and then another table be meant.
@@ -98,6 +99,14 @@ async def inspect(connection: Connection, mapping: MappingConfig) -> Table:
         )
     _check_rights(table, mapping, may_delete=relation["may_delete"])
     return table
+
+
+async def _has_schema(connection: Connection, mapping: MappingConfig) -> bool:
+    """Whether the schema that the table's name has is there; true if it has none."""
+    schema, _ = mapping.table_name
+    if schema is None:
+        return True
+    return await connection.fetchval("SELECT to_regnamespace($1)", quote(schema)) is not None
 
 
 async def _refuse_hidden(connection: Connection, mapping: MappingConfig) -> None:
@@ -186,7 +195,7 @@ def _check_rights(table: Table, mapping: MappingConfig, *, may_delete: bool) -> 
 async def create(connection: Connection, mapping: MappingConfig) -> Table:
     """Create the mapping's own table, key columns as primary key; safe when two start at once."""
     schema, _ = mapping.table_name
-    if schema and await connection.fetchval("SELECT to_regnamespace($1)", quote(schema)) is None:
+    if schema and not await _has_schema(connection, mapping):
         await connection.execute(f"CREATE SCHEMA IF NOT EXISTS {quote(schema)}")
     lines = [f"{quote(name)} {kind.sql} NOT NULL" for name, kind in mapping.types.items()]
     if mapping.synced_at:

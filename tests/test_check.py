@@ -10,10 +10,12 @@ import pytest
 from pydantic import SecretStr
 from redis.asyncio import Redis
 
-from balancesync.check import SAMPLED_KEYS, Finding, check
-from balancesync.config import Config, MappingConfig, PostgresConfig, RedisConfig
+from balancesync.check import check
+from balancesync.config import Config, LiveConfig, MappingConfig, PostgresConfig, RedisConfig
 from balancesync.database import Database, Steps
 from balancesync.embedded import PostgresServer, RedisServer
+from balancesync.findings import Finding
+from balancesync.sampling import SAMPLED_KEYS
 from balancesync.source import Source
 
 Check = Callable[..., Awaitable[list[Finding]]]
@@ -177,6 +179,23 @@ async def test_a_redis_user_without_rights(
     assert "SCAN" in error
 
 
+@pytest.mark.parametrize("enabled", [True, False])
+async def test_whether_live_mode_is_possible(
+    config: Config, private_redis: Callable[..., RedisServer], enabled: bool
+) -> None:
+    rights = "on >deaf ~* &* +@read +@connection +@pubsub +info +config|get -client|tracking"
+    server = private_redis({"user deaf": rights})
+    config = replace(config, live=LiveConfig(enabled=enabled))
+    [able] = texts(await examine(config), "ok", "live")
+    assert able.endswith("Redis tells what changes, and this user may hear it")
+    assert ("isn't enabled, but could be" in able) == (not enabled)
+    url = server.url.replace("redis://", "redis://deaf:deaf@")
+    found = await examine(replace(config, redis=RedisConfig(url=SecretStr(url))))
+    [deaf] = texts(found, "error" if enabled else "ok", "live")
+    assert "CLIENT TRACKING" in deaf.upper().replace("|", " ")
+    assert deaf.startswith("live mode isn't enabled, and couldn't be: ") == (not enabled)
+
+
 async def test_servers_that_are_not_there(config: Config) -> None:
     nowhere = RedisConfig(url=SecretStr("redis://127.0.0.1:1/0"))
     found = await examine(replace(config, redis=nowhere))
@@ -205,6 +224,41 @@ async def test_tables_that_do_not_fit(
     await pg.execute(statement)
     [error] = texts(await examine(config), "error", "balances")
     assert said in error
+
+
+async def test_a_schema_that_is_missing(config: Config, pg: asyncpg.Connection) -> None:
+    own = MappingConfig(table="shop.balances")
+    there = "the table shop.balances isn't there, nor is its schema shop"
+    assert f"{there}: the first sync creates both" in texts(await examine(config, own), "ok")
+    poor = await _as_role(pg, config)
+    [said] = texts(await examine(poor, own), "error", "balances")
+    assert said.startswith(f"{there}, and role checked may not create it")
+    assert said.endswith('CREATE SCHEMA "shop" AUTHORIZATION "checked"')
+    users = MappingConfig(table="shop.users", mode="update")
+    [said] = texts(await examine(config, users), "error", "balances")
+    assert "the table shop.users does not exist, nor does its schema, and mode" in said
+    poor = replace(poor, postgres=replace(poor.postgres, schema="ledger"))
+    assert any(
+        "there is no schema ledger" in said for said in texts(await examine(poor, own), "error")
+    )
+
+
+async def test_keys_without_a_row(config: Config, redis: Redis, pg: asyncpg.Connection) -> None:
+    await pg.execute("CREATE TABLE users (telegram_id bigint PRIMARY KEY, balance bigint)")
+    columns = {"telegram_id": "bigint", "balance": "bigint"}
+    users = MappingConfig(
+        key="{telegram_id}", table="users", mode="update", synced_at="", columns=columns
+    )
+    await redis.mset({"7": "1", "8": "2", "9": "no number", "cache:9": "x"})
+    [said] = texts(await examine(config, users), "warning", "balances")[1:]
+    assert said.startswith("none of the 3 sampled keys has a row in users, such as ")
+    assert "is telegram_id the column" in said
+    await pg.execute("INSERT INTO users VALUES (7, 1), (9, 1)")
+    said = texts(await examine(config, users), "ok", "balances")[-1]
+    assert said.startswith('1 of 3 sampled keys have no row in users, such as "8": a sync counts')
+    await pg.execute("INSERT INTO users VALUES (8, 1)")
+    said = texts(await examine(config, users), "ok", "balances")[-1]
+    assert said == "each of the 3 sampled keys has its row"
 
 
 async def test_one_table_under_two_names(config: Config, pg: asyncpg.Connection) -> None:
@@ -247,7 +301,7 @@ async def test_a_role_without_rights(config: Config, pg: asyncpg.Connection) -> 
     assert len(errors) == 3
     assert "may make no temporary tables" in errors[0]
     assert 'CREATE SCHEMA "balancesync" AUTHORIZATION checked' in errors[1]
-    assert 'GRANT CREATE ON SCHEMA "public" TO "checked"' in errors[2]
+    assert 'GRANT USAGE, CREATE ON SCHEMA "public" TO "checked"' in errors[2]
     database = await pg.fetchval("SELECT current_database()")
     await pg.execute(f"GRANT TEMPORARY ON DATABASE {database} TO checked")
     await pg.execute('CREATE SCHEMA "balancesync" AUTHORIZATION checked')
