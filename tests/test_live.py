@@ -236,7 +236,10 @@ async def test_what_another_process_has_cleared_up_is_not_waited_for(
     made = engine()
     work = Sync(made.config, made.database, made.source)
     assert (await work.run(Request(job, "cli"), wait_s=20)).status == "succeeded"
-    await daemon.finished(trigger="live", status="succeeded", unchanged=KEYS)
+    # By live mode, or by who saw that the refusal stands no more, whichever looked first.
+    await daemon.finished(
+        trigger=lambda found: found in ("live", "recovery"), status="succeeded", unchanged=KEYS
+    )
     await daemon.log.next("live", state="up")
 
 
