@@ -29,6 +29,8 @@ _CHANNEL: Final = b"__redis__:invalidate"
 _PROVE_S: Final = 1.0
 # A SWAPDB, or a primary that the Sentinels have replaced, is noticed by asking alone.
 _DESCRIBE_EVERY: Final = 5
+# What is told is read this often: changes that come within it are one message to take in.
+_REST_S: Final = 0.01
 # Lags are measured from marks: one arrival in so many seconds tells as much as all of them.
 _MARK_S: Final = 0.01
 # Keys of others may come in between, and only who takes them can tell.
@@ -113,7 +115,7 @@ class Tracking:
 
     async def _begin(self, prefixes: list[bytes]) -> None:
         number = self._checked(await self._hearing.send(pack((b"CLIENT", b"ID"))), b"CLIENT|ID")
-        self._hearing.on_message = self._hear
+        self._hearing.listen(self._hear, _REST_S)
         said = await self._hearing.send(pack((b"SUBSCRIBE", _CHANNEL)))
         if isinstance(said, hiredis.ReplyError) and "channel" in str(said):
             raise RightMissing(
