@@ -8,21 +8,24 @@ from argparse import Namespace
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING
 from zoneinfo import ZoneInfo
 
 from balancesync import show
-from balancesync.client import Client
 from balancesync.config import Config
 from balancesync.documents import Document
 from balancesync.errors import DaemonUnavailable, RunFailed
-from balancesync.schedule import next_fire
+from balancesync.fires import next_fire
 from balancesync.times import short_time_text, time_text
+
+if TYPE_CHECKING:
+    from balancesync.client import Client
 
 
 async def ask(config: Config, path: str, otherwise: Callable[[], Awaitable[Document]]) -> Document:
     """What the daemon says at `path`; when none answers, what `otherwise` finds out."""
     try:
-        return await Client(config.http).get(path)
+        return await _daemon(config).get(path)
     except DaemonUnavailable:
         return await otherwise()
 
@@ -63,7 +66,7 @@ async def schedule(config: Config, args: Namespace) -> int:
 
 async def cancel(config: Config, args: Namespace) -> int:
     """Cancel the run of this id, else the one that runs, else the first that waits."""
-    client = Client(config.http)
+    client = _daemon(config)
     chosen = str(args.id) if args.id else None
     if chosen is None:
         status = await client.get("/status")
@@ -102,8 +105,15 @@ async def events(config: Config, args: Namespace) -> int:
     return 0
 
 
+def _daemon(config: Config) -> "Client":
+    # aiohttp is a third of all that a command imports, and most commands ask no daemon.
+    from balancesync.client import Client  # noqa: PLC0415
+
+    return Client(config.http)
+
+
 async def _follow(config: Config, *, as_json: bool) -> None:
-    async with aclosing(Client(config.http).events()) as found:
+    async with aclosing(_daemon(config).events()) as found:
         async for kind, document in found:
             if as_json:
                 show.write(json.dumps({"event": kind} | document))

@@ -37,7 +37,7 @@ def _ticks(pid: int) -> int:
     try:
         stat = (_PROC / str(pid) / "stat").read_text()
         children = (_PROC / str(pid) / "task" / str(pid) / "children").read_text().split()
-    except FileNotFoundError:  # it has ended; its parent counts it
+    except (FileNotFoundError, ProcessLookupError):  # it has ended; its parent counts it
         return 0
     own = sum(map(int, stat.rpartition(")")[2].split()[_PROCESS_TIMES]))
     return own + sum(_ticks(int(child)) for child in children)

@@ -6,9 +6,12 @@ the tests empty over and over) name.
 """
 
 import os
+import shutil
+import tempfile
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 from uuid import uuid4
@@ -24,6 +27,22 @@ from balancesync.source import Source
 
 POSTGRES = "BALANCESYNC_TEST_POSTGRES"
 REDIS = "BALANCESYNC_TEST_REDIS"
+
+_MEMORY = Path("/dev/shm")  # noqa: S108  # only the parent: what lies in it has unguessable names
+_ROOM_BYTES = 4 << 30
+
+
+def pytest_configure() -> None:
+    """Have all files in memory where there's room, unless TMPDIR says where they're to be.
+
+    Nearly every test has a database of its own, which is three hundred files.
+    """
+    if "TMPDIR" in os.environ or not os.access(_MEMORY, os.W_OK | os.X_OK):
+        return
+    runs_programs = not os.statvfs(_MEMORY).f_flag & os.ST_NOEXEC
+    if runs_programs and shutil.disk_usage(_MEMORY).free > _ROOM_BYTES:
+        os.environ["TMPDIR"] = str(_MEMORY)
+        tempfile.tempdir = None
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

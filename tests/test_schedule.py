@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from balancesync import schedule as module
 from balancesync.config import JobConfig, ScheduleConfig
 from balancesync.cron import CronFields, parse_cron
-from balancesync.schedule import Schedule, next_fire
+from balancesync.fires import next_fire
+from balancesync.schedule import Schedule
 
 MINUTE = timedelta(minutes=1)
 HOUR = timedelta(hours=1)
