@@ -1,9 +1,9 @@
 # Everything runs in .venv, which the first target that needs it makes. ARGS goes to the program:
-# make test ARGS="-k guard --no-cov"
+# make test ARGS="-k guard"
 
 BIN := .venv/bin
 
-.PHONY: help setup test torture demo bench image-test systemd-test lint format lock pins clean
+.PHONY: help setup test coverage torture demo bench image-test systemd-test lint format lock pins clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -14,8 +14,11 @@ setup: .venv/.ready ## .venv with the locked packages, by uv or by plain Python
 .venv/.ready: uv.lock pyproject.toml requirements-dev.txt tools/setup
 	@tools/setup
 
-test: .venv/.ready ## all tests, on private servers, with the coverage floor
-	@$(BIN)/pytest -n auto --cov=balancesync $(ARGS)
+test: .venv/.ready ## all tests, on private servers
+	@$(BIN)/pytest -n auto $(ARGS)
+
+coverage: .venv/.ready ## all tests in a random order, with the coverage floor: twice the time
+	@$(BIN)/pytest -n auto --random-order-bucket=global --cov=balancesync $(ARGS)
 
 torture: .venv/.ready ## the fault suite in its long form: some half an hour
 	@BALANCESYNC_TORTURE=1 $(BIN)/pytest -n auto --dist worksteal -o faulthandler_timeout=1800 tests/faults $(ARGS)
