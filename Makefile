@@ -15,10 +15,10 @@ setup: .venv/.ready ## .venv with the locked packages, by uv or by plain Python
 	@tools/setup
 
 test: .venv/.ready ## all tests, on private servers
-	@$(BIN)/pytest -n auto $(ARGS)
+	@$(BIN)/pytest -n auto --dist worksteal $(ARGS)
 
 coverage: .venv/.ready ## all tests in a random order, with the coverage floor: twice the time
-	@$(BIN)/pytest -n auto --random-order-bucket=global --cov=balancesync $(ARGS)
+	@$(BIN)/pytest -n auto --dist worksteal --random-order-bucket=global --cov=balancesync $(ARGS)
 
 torture: .venv/.ready ## the fault suite in its long form: some half an hour
 	@BALANCESYNC_TORTURE=1 $(BIN)/pytest -n auto --dist worksteal -o faulthandler_timeout=1800 tests/faults $(ARGS)

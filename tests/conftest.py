@@ -45,6 +45,12 @@ def pytest_configure() -> None:
         tempfile.tempdir = None
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than there are CPUs: a third of the time tests wait for servers and timers."""
+    return (os.cpu_count() or 1) + 1
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """What the fault suite has done, as its tests tell it: see `faults/conftest.py`."""
     total: Counter[str] = Counter()
