@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -34,7 +35,9 @@ class Forked:
     def kill(self) -> None:
         """SIGKILL."""
         if self._process.pid is not None and self._process.is_alive():
-            os.kill(self._process.pid, signal.SIGKILL)
+            # The server of forks reaps it, and may just have done so.
+            with suppress(ProcessLookupError):
+                os.kill(self._process.pid, signal.SIGKILL)
 
     async def ended(self, within_s: float = 30) -> int:
         """Wait for its end; its exit code, negative for a signal."""
