@@ -1,9 +1,11 @@
 """Runs the engine on a test's own servers."""
 
+import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from typing import Any
 
+import asyncpg
 from pydantic import TypeAdapter
 
 from balancesync.config import Config
@@ -134,3 +136,16 @@ def make_config(dsn: str, url: str, *mappings: dict[str, Any], **sections: Any) 
         **sections,
     }
     return _CONFIG.validate_python(table)
+
+
+async def waiting(pg: asyncpg.Connection, count: int) -> None:
+    """Return when so many sessions of the test's database wait for locks."""
+    sql = (
+        "SELECT count(*) FROM pg_stat_activity"
+        " WHERE wait_event_type = 'Lock' AND datname = current_database()"
+    )
+    async with asyncio.timeout(20):
+        while await pg.fetchval(sql) < count:
+            await asyncio.sleep(0.01)
+            # A transaction sees the activity as it first saw it.
+            await pg.execute("SELECT pg_stat_clear_snapshot()")

@@ -12,7 +12,7 @@ from urllib.parse import quote
 import asyncpg
 import pytest
 from daemon_site import Site
-from engine import Engine
+from engine import Engine, waiting
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from redis.asyncio import Redis
@@ -240,17 +240,6 @@ async def test_old_is_what_the_row_held_and_not_what_the_diff_saw(
         (number, 2) for number in (1, 2, 3, 8, 9, 10)
     ]
     assert (counts.updated, counts.inserted, counts.deleted, counts.not_found) == (3, 2, 2, 1)
-
-
-async def waiting(pg: asyncpg.Connection, count: int) -> None:
-    """Return when so many sessions of the test's database wait for locks."""
-    sql = (
-        "SELECT count(*) FROM pg_stat_activity"
-        " WHERE wait_event_type = 'Lock' AND datname = current_database()"
-    )
-    async with asyncio.timeout(20):
-        while await pg.fetchval(sql) < count:  # noqa: ASYNC110  # nobody tells of it
-            await asyncio.sleep(0.01)
 
 
 async def test_a_row_that_another_is_just_changing(

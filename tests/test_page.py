@@ -8,6 +8,7 @@ import asyncpg
 import pytest
 import structlog
 from browser import chromium, tab
+from engine import waiting
 from playwright.async_api import Browser
 from redis.asyncio import Redis
 from running import Inside, daemon_config
@@ -217,6 +218,7 @@ async def test_a_daemon_that_is_told_to_stop_while_a_run_is_under_way(
             await page.page.click("#sync")
             await page.until("#current", "Under way: sync, over HTTP")
             await page.until("#next", "in ")
+            await waiting(pg, 1)
             daemon.daemon.stop()
             # As when somebody comes back to the tab: it asks at once, else every five seconds.
             await page.page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
