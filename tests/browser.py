@@ -117,7 +117,8 @@ class Tab:
         for scheme in ("light", "dark"):
             await self._look(name, scheme)
         await self.page.emulate_media(color_scheme="light")
-        assert [said for said in self.said if not despite or despite not in said] == []
+        unforeseen = [said for said in self.said if not despite or despite not in said]
+        assert not unforeseen, "\n".join(unforeseen)
 
     async def _look(self, name: str, scheme: Literal["light", "dark"]) -> None:
         await self.page.emulate_media(color_scheme=scheme)

@@ -113,6 +113,25 @@ async def test_a_server_that_is_down(
             await page.look("postgres-down-from-the-start")
 
 
+async def test_tables_of_its_own_that_are_not_there(
+    browser: Browser, postgres_dsn: str, redis_url: str, pg: asyncpg.Connection
+) -> None:
+    config = daemon_config(postgres_dsn, redis_url)
+    async with Inside(config) as daemon:
+        await daemon.leads()
+        await pg.execute("DROP SCHEMA balancesync CASCADE")
+        await daemon.api.until(
+            "/status", lambda found: found["health"]["checks"]["schema"]["status"] == "failed"
+        )
+        async with tab(browser, address(config)) as page:
+            await page.until("#verdict-title", "balancesync's own tables can't be read")
+            await page.until("#verdict-detail", "balancesync init")
+            await page.until("#connection", "Connected")
+            await page.until("#open", "PostgreSQL hasn't told yet")
+            await page.until("#rejects-none", "Not known yet")
+            await page.look("no-tables")
+
+
 async def test_live_mode(browser: Browser, postgres_dsn: str, redis_url: str, redis: Redis) -> None:
     config = daemon_config(postgres_dsn, redis_url, live={"enabled": True})
     await redis.mset({f"balance:{n}": "1" for n in range(100)})

@@ -64,7 +64,8 @@ async function load() {
   if (status.last_run) take(status.last_run);
   // A run of another process tells of itself by the records alone.
   const moved = before && before.last_run?.id !== status.last_run?.id;
-  if (status.postgres.connected && (!state.knows || (moved && !state.flows))) await loadRuns();
+  const readable = status.health.checks.schema?.status === "ok";
+  if (readable && (!state.knows || (moved && !state.flows))) await loadRuns();
   if (state.dryRun && state.runs.has(state.dryRun)) await showDryRun();
 }
 

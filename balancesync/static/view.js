@@ -96,7 +96,7 @@ export function showServers(status, then) {
   const over = status.health.checks.rejects?.status === "degraded";
   const kinds = rows.length > 1 ? `${words.plural(rows.length, "kind", "kinds")}, most: ${rows[0].name}` : rows[0]?.name;
   show("open", status.rejects ? words.count(sum) : "unknown", sum ? (over ? "bad" : "warn") : "",
-    kinds ?? (status.rejects ? "Every record could be stored" : "PostgreSQL has never answered"));
+    kinds ?? (status.rejects ? "Every record could be stored" : "PostgreSQL hasn't told yet"));
 }
 
 function tile(id, text, level, detail) {
@@ -143,7 +143,7 @@ function far(run, progress, pace) {
 export function showRuns(runs, shown, now, knows) {
   const few = runs.slice(0, shown);
   byId("runs-none").hidden = runs.length > 0 && knows;
-  say("runs-none", knows ? "Nothing has run yet." : "The runs before are in PostgreSQL's keeping: they show when it's back.");
+  say("runs-none", knows ? "Nothing has run yet." : "The runs before are in PostgreSQL's keeping: they show when it tells of them.");
   byId("runs").parentElement.hidden = runs.length === 0;
   byId("more").hidden = runs.length <= shown;
   fill(byId("runs").tBodies[0], few.flatMap((run) => runRows(run, now)));
@@ -170,8 +170,8 @@ function runRows(run, now) {
 
 export function showRejects(status, onSamples) {
   const rows = words.rejectsOf(status);
-  say("rejects-none", "None: every record that Redis holds could be stored.");
-  byId("rejects-none").hidden = rows.length > 0 || !status.rejects;
+  say("rejects-none", status.rejects ? "None: every record that Redis holds could be stored." : "Not known yet.");
+  byId("rejects-none").hidden = rows.length > 0;
   byId("rejects").parentElement.hidden = rows.length === 0;
   if (!rows.length) byId("samples").hidden = true;
   fill(byId("rejects").tBodies[0], rows.map((row) => rejectRow(row, onSamples)));
