@@ -202,7 +202,12 @@ class Flusher:
         part.diff.absent = len(set(read.absent) - absent)
         absent.update(read.absent)
         known = baseline.present - baseline.pruned
-        lost = min(len(absent) - baseline.pruned, known)
+        lost = len(absent) - baseline.pruned
+        if known <= 0 < lost and limits.max_loss < 1:
+            raise Gap(
+                f'mapping "{name}": keys that the last full run didn\'t know are gone: {lost:,}'
+            )
+        lost = min(lost, known)
         if exceeds(lost, limits.max_loss, known):
             raise Gap(
                 f'mapping "{name}": {lost:,} of {known:,} known keys are gone since the'

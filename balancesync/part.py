@@ -110,7 +110,8 @@ class Part:
         """What the guard judges by. Of a table of our own nothing is in Redis by chance: where no
         success knows of a key, all rows that were written since are known.
         """
-        nothing = baseline is None or baseline.present == baseline.pruned
+        # More may have been pruned than a success knew of: rows that were written since.
+        nothing = baseline is None or baseline.present <= baseline.pruned
         if not nothing or self.mapping.config.mode != "upsert":
             return baseline
         absent = baseline.absent + baseline.pruned if baseline is not None else 0

@@ -271,6 +271,24 @@ async def test_absences_add_up_against_the_guard(
     await daemon.log.next("live", state="up")
 
 
+async def test_keys_that_no_full_run_knew_are_missed_by_one(
+    start: Start, redis: Redis, engine: Callable[..., Engine], pg: asyncpg.Connection
+) -> None:
+    daemon = await start()
+    made = engine(prune={"enabled": True})
+    assert (await made.sync(job="prune", idle_s=0.0)).counts.deleted == KEYS
+    await redis.mset({f"balance:{number}": "7" for number in range(100, 105)})
+    await until(lambda: pg.fetchval("SELECT count(*) FROM balances"), KEYS + 5)
+    await redis.delete("balance:100")
+    await daemon.log.next(
+        "live",
+        state="catching up",
+        reason=lambda text: text.endswith("last full run didn't know are gone: 1"),
+    )
+    await daemon.finished(trigger="live", status="succeeded", absent=KEYS + 1)
+    await daemon.log.next("live", state="up")
+
+
 async def test_keys_wait_while_another_writer_is_at_work(
     start: Start, redis: Redis, pg: asyncpg.Connection
 ) -> None:

@@ -168,6 +168,23 @@ async def test_what_was_written_since_an_empty_success_is_missed_when_it_goes(
     assert (await made.sync()).status == "refused"
 
 
+async def test_what_is_left_is_missed_when_more_was_pruned_than_a_success_knew_of(
+    engine: Make, redis: Redis, pg: asyncpg.Connection
+) -> None:
+    made = engine({}, prune=ON)
+    await fill(redis, range(2))
+    await made.good()
+    await fill(redis, range(42))
+    assert (await made.sync(mapping="balances")).counts.inserted == 40
+    await idle(pg, range(32))
+    assert (await pruned(made, idle_s=3600)).counts.deleted == 32
+    # All that is left, and that an application now makes anew from nothing.
+    await redis.flushall()
+    await fill(redis, range(32, 36), "0")
+    assert (await made.sync()).status == "refused"
+    assert await pg.fetchval("SELECT count(*) FROM balances WHERE balance = 0") == 0
+
+
 @pytest.mark.parametrize("kind", ["string", "hash", "json", "member"])
 async def test_only_what_postgres_holds_whole_goes(
     engine: Make, redis: Redis, pg: asyncpg.Connection, kind: str

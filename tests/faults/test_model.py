@@ -57,6 +57,7 @@ class Story(RuleBasedStateMachine):
         self.held: dict[int, Decimal | None] = {}
         self.rows: dict[int, Decimal] = {}
         self.baseline = Baseline(0, 0)
+        self.pruned: set[int] = set()
         self.standing = False
         self.ledger = Ledger(KEYS, figures)
         self.last: Run | None = None
@@ -87,6 +88,7 @@ class Story(RuleBasedStateMachine):
                 f"redis://127.0.0.1:{self.source.port}/0",
                 {"on_absent": self.on_absent},
                 history={"enabled": self.on_absent == "delete"},
+                prune={"enabled": True},
                 redis={"scan_count": 5},
                 postgres={"apply_batch": 5},
                 retry=RETRY,
@@ -216,12 +218,7 @@ class Story(RuleBasedStateMachine):
             act = self.restart_redis if fault == "kill" else self.source.reset
             self.source.at_step(1 + step // 6, act)
         run = self.execute(job="restore", overwrite=overwrite)
-        texts = self.client.mget([f"balance:{key}" for key in range(KEYS)])
-        before, self.held = self.held, {}
-        for key, text in enumerate(texts):
-            if text is not None:
-                plain = text.decode() if isinstance(text, bytes) else text
-                self.held[key] = None if plain in SPOILED else Decimal(plain)
+        before = self.read()
         # A key holds what it held, or what its row holds, and none is gone.
         for key, value in self.held.items():
             assert value in (before.get(key), self.rows.get(key))
@@ -229,10 +226,56 @@ class Story(RuleBasedStateMachine):
         if run.status == "succeeded":
             assert overwrite or not differing
             assert self.held == before | self.rows
-            self.standing = False
+            known = self.baseline
+            more = max(len(self.rows) - known.present, 0)
+            self.baseline = Baseline(known.present + more, max(known.absent - more, 0))
+            self.pruned, self.standing = set(), False
         else:
             assert run.status == "failed"
             assert fault or (differing and not overwrite)
+
+    @rule(step=STEPS, fault=st.sampled_from(["", "", "reset", "kill"]))
+    def prune(self, step: int, fault: str) -> None:
+        if self.on_absent == "delete":
+            return
+        same = {key for key, value in self.held.items() if value == self.rows.get(key, Decimal(-1))}
+        if fault:
+            act = self.restart_redis if fault == "kill" else self.source.reset
+            self.source.at_step(1 + step // 3, act)
+        run = self.execute(job="prune", idle_s=0.0)
+        before = self.read()
+        gone = before.keys() - self.held.keys()
+        # Only what its row holds goes, each written down before, and the others are left alone.
+        assert gone <= same
+        assert self.held == {key: value for key, value in before.items() if key not in gone}
+        noted = self.wait(self.noted()) - self.pruned
+        assert gone <= noted
+        assert len(noted - gone) <= (run.status != "succeeded")
+        self.pruned |= noted
+        if run.status == "succeeded":
+            assert gone == same
+        elif self.standing:
+            assert run.status == "refused" or fault
+        else:
+            assert run.status == "failed"
+            assert fault or self.unfinished
+
+    def read(self) -> dict[int, Decimal | None]:
+        """Take `held` from Redis itself; gives what it was before."""
+        texts = self.client.mget([f"balance:{key}" for key in range(KEYS)])
+        before, self.held = self.held, {}
+        for key, text in enumerate(texts):
+            if text is not None:
+                plain = text.decode() if isinstance(text, bytes) else text
+                self.held[key] = None if plain in SPOILED else Decimal(plain)
+        return before
+
+    async def noted(self) -> set[int]:
+        """The keys that are written down as pruned."""
+        async with connected(self.postgres.dsn) as pg:
+            return {
+                int(row["key"][0]) for row in await pg.fetch("SELECT key FROM balancesync.pruned")
+            }
 
     def kill_postgres(self) -> None:
         self.postgres.kill()
@@ -254,13 +297,17 @@ class Story(RuleBasedStateMachine):
 
     def refusal(self) -> bool:
         """Whether the guard must refuse, as SPEC says it in words."""
-        known = self.baseline.present
+        away = len(self.pruned - self.held.keys())
+        known, before = self.baseline.present - away, self.baseline.absent + away
+        if known <= 0:
+            # What was written since a success that knew of nothing, or of the pruned alone.
+            known = max(len(self.rows) - before, 0)
         if not known:
             return False
         if not self.held:
             return True
         absent = len(self.rows.keys() - self.held.keys())
-        lost = min(max(absent - self.baseline.absent, 0), known)
+        lost = min(max(absent - before, 0), known)
         changed = sum(
             value is not None and key in self.rows and self.rows[key] != value
             for key, value in self.held.items()
@@ -286,6 +333,7 @@ class Story(RuleBasedStateMachine):
             self.rows = {key: value for key, value in self.rows.items() if key not in gone}
         absent = len(self.rows.keys() - self.held.keys())
         self.baseline, self.standing = Baseline(len(self.held), absent), False
+        self.pruned = set()
 
     @invariant()
     def holds(self) -> None:
