@@ -56,9 +56,9 @@ def configure_logs(config: Config, secrets: tuple[str, ...], *, verbose: bool) -
     people = terminal and not verbose and log.level == "info" and log.format != "json"
     if people:
         log = replace(log, level="warning")
-    # The result has a run's counts, and the last line its error.
-    untold = frozenset({"run" if people else "run.error"})
-    telemetry.configure(log, secrets, stream_is_tty=terminal, untold=untold)
+    # The result has a run's counts, and the last line its error; a line for programs is whole.
+    untold = {"run"} if people else {"run.error"} if log.format == "console" else ()
+    telemetry.configure(log, secrets, stream_is_tty=terminal, untold=frozenset(untold))
 
 
 @asynccontextmanager
@@ -261,7 +261,7 @@ def _the_mapping(config: Config, name: str | None) -> MappingConfig:
 
 
 async def runs(config: Config, args: Namespace) -> int:
-    """What ran. Live mode has a run for each minute, which would hide the others."""
+    """What ran. Live mode has a run for each minute, which would hide the others from people."""
     if args.job is not None and args.job not in get_args(Job):
         raise ConfigError(f"--job must be one of {', '.join(get_args(Job))}")
     kind = (args.trigger or "cli").partition(":")[0]
@@ -272,7 +272,7 @@ async def runs(config: Config, args: Namespace) -> int:
             connection,
             limit=args.limit,
             one=args.id,
-            live=args.all or args.id is not None or "live" in (args.job, args.trigger),
+            live=args.all or args.json or args.id is not None or "live" in (args.job, args.trigger),
             job=args.job,
             trigger=args.trigger,
         )
