@@ -226,7 +226,7 @@ async def cost(bench: Bench) -> list[Row]:
     spread: list[float] = []
     for size in (_FEW, many):
         await bench.hold(STRINGS, size)
-        found = await bench.work("sync", mapping=STRINGS.mapping | {}, accept_loss=True)
+        found = await bench.work("sync", mapping=STRINGS.mapping, accept_loss=True)
         if found["counts"]["scanned"] != size:
             raise Broken(f"preparing {size:,} keys: {found['counts']}")
         await bench.rest("balances")

@@ -44,7 +44,7 @@ def _config(url: str, dsn: str, mapping: dict[str, Any], *, history: bool = Fals
     )
 
 
-async def _run(config: Config, job: Job = "sync") -> dict[str, Any]:
+async def _run(config: Config, job: Job = "sync", *, accept_loss: bool = False) -> dict[str, Any]:
     """One run as `balancesync` does it; the moments are those of perf_counter."""
     entered: dict[str, float] = {}
 
@@ -56,7 +56,8 @@ async def _run(config: Config, job: Job = "sync") -> dict[str, Any]:
     async with Source(config.redis) as source:
         work = Sync(config, database, source, on_progress)
         begun = perf_counter()
-        run = await work.run(Request(job=job, trigger="cli", mode="apply"), wait_s=30)
+        request = Request(job=job, trigger="cli", mode="apply", accept_loss=accept_loss)
+        run = await work.run(request, wait_s=30)
         ended = perf_counter()
     await database.close()
     if work.failure is not None:
@@ -74,10 +75,11 @@ async def _run(config: Config, job: Job = "sync") -> dict[str, Any]:
 
 
 async def sync(
-    url: str, dsn: str, mapping: dict[str, Any], history: bool = False
+    url: str, dsn: str, mapping: dict[str, Any], history: bool = False, accept_loss: bool = False
 ) -> dict[str, Any]:
     """One run."""
-    found = await _run(_config(url, dsn, mapping, history=history))
+    config = _config(url, dsn, mapping, history=history)
+    found = await _run(config, accept_loss=accept_loss)
     return found | {"memory": peak_memory()}
 
 
