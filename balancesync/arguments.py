@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
 from typing import Final, NoReturn
 from uuid import UUID
@@ -75,9 +76,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     first = argv[0] if argv else ""
     if first and not first.startswith("-") and first not in commands:
         parser.error(f"there is no command {first}{_nearest(first, commands)}")
+    chosen = commands.get(first, parser)
+    # Before the value of an option that there isn't is taken for something else.
+    for word in takewhile(lambda word: word != "--", argv):
+        if word.startswith("--") and word.partition("=")[0] not in _options(chosen):
+            _refuse(chosen, word)
     args, unknown = parser.parse_known_args(argv)
     if unknown:
-        _refuse(commands.get(first, parser), unknown[0])
+        _refuse(chosen, unknown[0])
     return args
 
 
@@ -89,8 +95,12 @@ def print_help() -> None:
 def _refuse(parser: _Parser, word: str) -> NoReturn:
     if not word.startswith("-"):
         parser.error(f"{parser.prog.partition(' ')[2]} takes no {word}")
-    options = re.findall(r"--?[a-z][a-z-]*", parser.format_help())
-    parser.error(f"there is no option {word}{_nearest(word.partition('=')[0], options)}")
+    near = _nearest(word.partition("=")[0], _options(parser))
+    parser.error(f"there is no option {word}{near}")
+
+
+def _options(parser: _Parser) -> list[str]:
+    return re.findall(r"--?[a-z][a-z-]*", parser.format_help())
 
 
 def _nearest(word: str, words: Iterable[str]) -> str:

@@ -18,6 +18,7 @@ import importlib.resources
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from datetime import datetime
 from functools import cache
 from typing import Any, Final, TypeVar
 from urllib.parse import parse_qsl, urlsplit
@@ -116,6 +117,8 @@ class Database:
         self._reserve: Pool | None = None
         self._opening = asyncio.Lock()
         self._asking: set[asyncio.Future[Any]] = set()
+        # When the server was started that the last session was opened on.
+        self.server_since: datetime | None = None
 
     @property
     def address(self) -> str:

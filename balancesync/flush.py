@@ -71,7 +71,11 @@ class Flusher:
         self._server_since: datetime | None = None
 
     def forget(self) -> None:
-        """A full run has succeeded, or has to: absences are counted from now on."""
+        """A full run has succeeded, or has to: absences are counted from now on.
+
+        What a restart of PostgreSQL before that run has lost, it has brought back.
+        """
+        self._server_since = self._database.server_since
         for keys in self.absent.values():
             keys.clear()
 
@@ -120,9 +124,8 @@ class Flusher:
         session = self._session = await Session.open(self._database)
         connection = session.connection
         await Steps(self._database).check(connection)
-        since: datetime = await connection.fetchval("SELECT pg_postmaster_start_time()")
-        before, self._server_since = self._server_since, since
-        if before not in (None, since):
+        before, self._server_since = self._server_since, self._database.server_since
+        if before not in (None, self._server_since):
             raise Gap("PostgreSQL was restarted or replaced: its last commits may be lost")
         found = []
         for number, config in enumerate(self._config.mapping):

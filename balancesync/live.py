@@ -126,6 +126,9 @@ class Live:
 
     def take(self, kind: str, run: Dictionary[str, Any]) -> None:
         """Hear of an event of the daemon: a full run closes the gaps from before it."""
+        if kind in ("redis", "postgres") and run["connected"]:
+            self._pause = _PAUSE_S
+            self._nudge()
         if kind not in ("run_started", "run_finished") or not _is_full(run):
             return
         if kind == "run_started":

@@ -25,7 +25,7 @@ from balancesync.rendering import Value
 from balancesync.rows import Page, Selection, restorable
 from balancesync.session import Session
 from balancesync.table import Table
-from balancesync.values import Unfit
+from balancesync.values import Unfit, show
 from balancesync.wanted import Part, Wanted
 from balancesync.writing import Writing
 
@@ -85,6 +85,18 @@ class Prune(Backward):
             raise RunFailed(f'mapping "{mapping}": its last restore hasn\'t succeeded')
         self._piece = max(1, min(_PIECE, known.baseline.present // _SHARE_OF_ALL))
 
+    def _refuse_shared(self, mapping: Mapping, keys: list[bytes]) -> None:
+        """Another mapping would take what goes for a loss, or delete its rows."""
+        for config in self._config.mapping:
+            if config.name == mapping.config.name:
+                continue
+            if shared := _shared(mapping, Mapping(config), keys):
+                raise ConfigError(
+                    f'mapping "{mapping.config.name}": {show(shared[0])} is read by mapping'
+                    f' "{config.name}", too, which would take it for lost; only what one mapping'
+                    " reads can be pruned"
+                )
+
     def _read_by(self, mapping: Mapping) -> Mapping:
         # What is equal by tolerance only isn't equal.
         exact = replace(mapping.config, tolerance=Decimal(0))
@@ -105,6 +117,7 @@ class Prune(Backward):
 
     async def _prune(self, session: Session, part: Part, writing: Writing, page: Page) -> None:
         wanted = part.want(page)
+        self._refuse_shared(part.mapping, wanted.keys)
         seen = await writing.read(wanted.keys)
         lines = part.lines(wanted.keys, seen)
         equal = []
@@ -156,3 +169,12 @@ class Prune(Backward):
 
     async def _remember(self, session: Session, parts: Sequence[Part]) -> None:
         """Each piece was recorded before it went."""
+
+
+def _shared(mapping: Mapping, other: Mapping, keys: list[bytes]) -> list[bytes]:
+    """Those of a mapping's keys (with `member`, fields) that another one reads, too."""
+    if mapping.member_key is not None:
+        return keys if other.member_key == mapping.member_key else []
+    if other.member_key is not None:
+        return [key for key in keys if key == other.member_key]
+    return other.select(keys, matched=False)

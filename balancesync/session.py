@@ -64,6 +64,9 @@ class Session:
                     await session.connection.execute(
                         "SELECT set_config($1, $2, false)", name, value
                     )
+                database.server_since = await session.connection.fetchval(
+                    "SELECT pg_postmaster_start_time()"
+                )
         except BaseException:
             session.drop()
             raise

@@ -72,6 +72,8 @@ def _facts(status: Document) -> dict[str, str | Text]:
     }
     if "name" in status:
         facts |= _daemon_facts(status)
+    else:
+        facts["daemon"] = Text("none answers: nothing runs by itself", "yellow")
     if status["state"] is None:
         return facts
     facts["last success"] = Text("none yet", "yellow")

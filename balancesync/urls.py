@@ -90,9 +90,11 @@ def _split(url: str, schemes: tuple[str, ...]) -> SplitResult:
     except ValueError:
         raise ValueError(_ENCODED) from None
     # A raw / ? or # ends the host's part early, and leaves its @ behind.
-    astray = "@" in parts.path + parts.query and parts.scheme != "unix"
+    ends_early = parts.scheme != "unix" and (
+        "@" in parts.path or ("@" in parts.query and "@" not in parts.netloc)
+    )
     if (
-        (astray and "@" not in parts.netloc)
+        ends_early
         or parts.netloc.count("@") > 1
         or "#" in url
         or re.search("%(?![0-9A-Fa-f]{2})", url)

@@ -188,6 +188,7 @@ def test_help_of_each_command_has_an_example(
         ("sync --dryrun", "there is no option --dryrun, did you mean --dry-run?"),
         ("sync --accept", "there is no option --accept"),  # an abbreviation
         ("sync --zzz=1", "there is no option --zzz=1;"),
+        ("runs --limt 3", "there is no option --limt, did you mean --limit?"),
         ("sync balances", "sync takes no balances;"),
         ("sync --config", "--config: expected one argument;"),
         ("sync --wait -1", "--wait: must be seconds, from 0 to 86400, not -1;"),

@@ -499,7 +499,21 @@ def test_the_database_of_a_url(url: str, database: int) -> None:
     "password",
     [
         f"{SECRET}{tail}"
-        for tail in ("@", "%", "%zz", "%ff", "/", "?x", "#", "]", "[", "@x@y", "/1", "\u2100")
+        for tail in (
+            "@",
+            "%",
+            "%zz",
+            "%ff",
+            "/",
+            "?x",
+            "#",
+            "]",
+            "[",
+            "@x@y",
+            "/1",
+            "@x/y",
+            "\u2100",
+        )
     ],
 )
 def test_raw_passwords_are_told_to_be_encoded_and_not_shown(

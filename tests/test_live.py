@@ -9,12 +9,13 @@ from typing import Any
 import asyncpg
 import pytest
 from engine import USERS, Engine
+from faults.ground import connected
 from redis.asyncio import Redis
 from running import Inside, daemon_config
 
 from balancesync import flushruns, leadership, live, probing, tracking
 from balancesync.database import lock_key
-from balancesync.embedded import RedisServer
+from balancesync.embedded import PostgresServer, RedisServer
 from balancesync.model import Job, Request, Run
 from balancesync.sync import Sync
 
@@ -374,6 +375,27 @@ async def test_the_session_is_made_anew_and_nothing_is_lost(
     await daemon.log.next("live", state="down")
     await daemon.log.next("live", state="up")
     assert len(daemon.log.all("run_finished", job="sync")) == 1
+
+
+async def test_a_full_run_makes_up_for_a_restart_of_postgres(
+    redis: Redis, redis_url: str, private_postgres: Callable[..., PostgresServer]
+) -> None:
+    server = private_postgres()
+    following = {"enabled": True, "flush_interval": 0.02, "rescan_interval": 3600}
+    schedule = {"on_start": True, "jobs": {}}
+    config = daemon_config(server.dsn, redis_url, live=following, schedule=schedule)
+    async with Inside(config) as daemon:
+        await daemon.log.next("live", state="up")
+        await redis.set("balance:1", "2")
+        async with connected(server.dsn) as pg:
+            await until_balance(pg, 1, "2.00")
+        server.kill()
+        server.start()
+        await daemon.log.next("live", state="catching up")
+        await daemon.log.next("live", state="up")
+        await redis.set("balance:1", "3")
+        async with connected(server.dsn) as pg:
+            await until_balance(pg, 1, "3.00")
 
 
 async def test_what_the_acl_forbids_is_said_once_and_the_schedule_goes_on(

@@ -185,6 +185,27 @@ async def test_what_is_left_is_missed_when_more_was_pruned_than_a_success_knew_o
     assert await pg.fetchval("SELECT count(*) FROM balances WHERE balance = 0") == 0
 
 
+@pytest.mark.parametrize("member", [False, True])
+async def test_what_another_mapping_reads_stays(
+    engine: Make, redis: Redis, pg: asyncpg.Connection, *, member: bool
+) -> None:
+    """The other would take it for lost, or, as here, delete its rows."""
+    key = {"key": "balances" if member else "balance:{user_id}"}
+    if member:
+        key |= {"member": "{user_id}", "type": "hash"}
+    other = {"name": "other", "table": "copies", "on_absent": "delete"}
+    made = engine(key, key | other, prune=ON)
+    await fill(redis, range(10))
+    await redis.hset("balances", mapping=dict.fromkeys(map(str, range(10)), "100.50"))
+    await made.good()
+    for mode in ("apply", "dry_run"):
+        run = await made.sync(job="prune", mapping="balances", mode=mode)
+        assert (run.status, type(made.failure)) == ("failed", ConfigError)
+        assert 'is read by mapping "other", too' in str(run.error)
+    assert (await redis.dbsize(), await redis.hlen("balances")) == (11, 10)
+    assert (await made.good()).counts.absent == 0
+
+
 @pytest.mark.parametrize("kind", ["string", "hash", "json", "member"])
 async def test_only_what_postgres_holds_whole_goes(
     engine: Make, redis: Redis, pg: asyncpg.Connection, kind: str
