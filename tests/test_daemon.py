@@ -213,7 +213,7 @@ async def test_redis_away_at_the_start(
         assert await inside.api.sample("postgres_up") == 1
         server.start()
         await fill_server(server)
-        run = await inside.finished(trigger="recovery")
+        run = await inside.finished(trigger="recovery", status="succeeded")
         assert (run["status"], run["inserted"]) == ("succeeded", KEYS)
         assert (await inside.api.ask("/health"))[1]["status"] == "healthy"
         assert await inside.api.sample("redis_up") == 1
@@ -235,11 +235,11 @@ async def test_redis_away_in_the_middle(
         assert await inside.api.sample('runs_total{job="sync",status="postponed",trigger="http"}')
         assert await inside.api.sample('errors_total{kind="RedisUnavailable"}') == 1
         server.start()
-        run = await inside.finished(trigger="recovery")
+        run = await inside.finished(trigger="recovery", status="succeeded")
         assert (run["status"], run["unchanged"]) == ("succeeded", KEYS)
         # Owed once, made up for once.
         assert inside.runner.owed == {}
-        assert len(inside.log.all("run_finished", trigger="recovery")) == 1
+        assert len(inside.log.all("run_finished", trigger="recovery", status="succeeded")) == 1
 
 
 async def test_postgres_away_at_the_start(
@@ -261,7 +261,7 @@ async def test_postgres_away_at_the_start(
         assert run["status"] == "postponed"
         assert "can't be reached" in run["error"]
         frail_postgres.start()
-        done = await inside.finished(trigger="recovery")
+        done = await inside.finished(trigger="recovery", status="succeeded")
         assert (done["status"], done["inserted"]) == ("succeeded", KEYS)
         assert (await inside.api.ask("/health"))[0] == 200
         # The run that PostgreSQL couldn't be told of is there, too, in its place.
@@ -303,7 +303,7 @@ async def test_postgres_killed_in_the_middle_of_a_run(
             await inside.log.next("postgres", connected=False)
             assert (await inside.api.ask("/health"))[0] == 503
             frail_postgres.start()
-            run = await inside.finished(trigger="recovery")
+            run = await inside.finished(trigger="recovery", status="succeeded")
             assert (run["status"], run["updated"] + run["unchanged"]) == ("succeeded", KEYS)
             async with connected(frail_dsn) as pg, asyncio.timeout(10):
                 while (
@@ -338,7 +338,7 @@ async def test_both_away(
         await inside.leads()
         assert (await inside.api.sync())["status"] == "postponed"
         server.start()
-        run = await inside.finished(trigger="recovery")
+        run = await inside.finished(trigger="recovery", status="succeeded")
         assert (run["status"], run["inserted"]) == ("succeeded", KEYS)
         await inside.api.until("/health", lambda found: found["status"] == "healthy")
 
@@ -358,8 +358,7 @@ async def test_a_postgres_that_hangs(
         run = await inside.api.sync()
         assert run["status"] == "postponed"
         frail_postgres.resume()
-        run = await inside.finished(trigger="recovery")
-        assert run["status"] == "succeeded"
+        await inside.finished(trigger="recovery", status="succeeded")
         await inside.api.until("/health", lambda found: found["status"] == "healthy")
 
 
