@@ -47,8 +47,8 @@ def pytest_configure() -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """Two more than there are CPUs: a third of the time tests wait for servers and timers."""
-    return (os.cpu_count() or 1) + 2
+    """One more than there are CPUs: a third of the time tests wait for servers and timers."""
+    return (os.cpu_count() or 1) + 1
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

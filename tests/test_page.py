@@ -339,7 +339,7 @@ async def test_a_lost_connection_shows_and_heals(
             await again.api.sync()
             await page.until("#verdict-title", "Safe")
             await page.until("#connection", "Connected")
-            assert await page.page.locator("#runs tbody tr").count() == 2
+            await page.until("#runs tbody tr >> nth=1", "sync")
 
 
 def a_run(daemon: Inside, model: dict[str, Any]) -> None:
