@@ -31,6 +31,7 @@ from balancesync.part import reading_of
 from balancesync.printing import Print, printer, value_text
 from balancesync.source import Source
 from balancesync.state import State
+from balancesync.statements import key_lookup
 from balancesync.table import Table
 from balancesync.times import exact_time_text
 
@@ -297,22 +298,14 @@ class Shelf:
 
     def _sql(self, table: Table) -> str:
         config = self._config
-        names = [f"k{number}" for number, _ in enumerate(config.key_columns, 1)]
-        pairs = list(zip(names, config.key_columns, strict=True))
         return load_sql("balances")["read"].format(
             synced_at=f"t.{quote(config.synced_at)}" if config.synced_at else "NULL::timestamptz",
             values=", ".join(
                 f"{value_text(f't.{quote(name)}', config.types[name])} AS v{number}"
                 for number, name in enumerate(self._columns, 1)
             ),
-            arrays=", ".join(
-                # The texts are canonical, so the cast can't fail.
-                f"${number}::text[]::{config.types[name].sql}[]"
-                for number, name in enumerate(config.key_columns, 1)
-            ),
-            keys=", ".join(names),
             table=table.sql_name,
-            same_key=" AND ".join(f"t.{quote(name)} = w.{short}" for short, name in pairs),
+            **key_lookup(config),
         )
 
 

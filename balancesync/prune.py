@@ -12,6 +12,7 @@ from contextlib import aclosing
 from dataclasses import replace
 from datetime import timedelta
 from decimal import Decimal
+from functools import cached_property
 from typing import Final, cast
 
 from balancesync.apply import Applied
@@ -85,15 +86,18 @@ class Prune(Backward):
             raise RunFailed(f'mapping "{mapping}": its last restore hasn\'t succeeded')
         self._piece = max(1, min(_PIECE, known.baseline.present // _SHARE_OF_ALL))
 
+    @cached_property
+    def _mappings(self) -> list[Mapping]:
+        return [Mapping(config) for config in self._config.mapping]
+
     def _refuse_shared(self, mapping: Mapping, keys: list[bytes]) -> None:
         """Another mapping would take what goes for a loss, or delete its rows."""
-        for config in self._config.mapping:
-            if config.name == mapping.config.name:
-                continue
-            if shared := _shared(mapping, Mapping(config), keys):
+        for other in self._mappings:
+            name = other.config.name
+            if name != mapping.config.name and (shared := _shared(mapping, other, keys)):
                 raise ConfigError(
                     f'mapping "{mapping.config.name}": {show(shared[0])} is read by mapping'
-                    f' "{config.name}", too, which would take it for lost; only what one mapping'
+                    f' "{name}", too, which would take it for lost; only what one mapping'
                     " reads can be pruned"
                 )
 

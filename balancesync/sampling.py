@@ -9,7 +9,7 @@ from decimal import Decimal
 from typing import Final
 
 from balancesync.config import MappingConfig
-from balancesync.database import Database, load_sql, quote
+from balancesync.database import Database, load_sql
 from balancesync.errors import BalanceSyncError
 from balancesync.findings import Finding, failure
 from balancesync.mapping import Mapping
@@ -17,6 +17,7 @@ from balancesync.model import Batch, Reject
 from balancesync.part import reading_of
 from balancesync.reading import Sample
 from balancesync.source import Source
+from balancesync.statements import key_lookup
 from balancesync.table import Table
 from balancesync.values import Unfit, show
 
@@ -101,7 +102,9 @@ async def _judge_rows(
     arrays = [list(texts) for texts in zip(*keys, strict=True)]
     with database.translated(last=True):
         async with database.acquire() as connection:
-            places = await connection.fetch(_rowless(config, table), *arrays)
+            rowless = load_sql("balances")["rowless"]
+            sql = rowless.format(table=table.sql_name, **key_lookup(config))
+            places = await connection.fetch(sql, *arrays)
     if not places:
         return Finding("ok", config.name, f"each of the {len(keys):,} sampled keys has its row")
     such = f"such as {show(mapping.print_key(keys[places[0]['n'] - 1]))}"
@@ -112,18 +115,3 @@ async def _judge_rows(
         return Finding("warning", config.name, text)
     text = f"{len(places):,} of {len(keys):,} sampled keys have no row in {config.table}, {such}:"
     return Finding("ok", config.name, f"{text} a sync counts them as not_found, and makes none")
-
-
-def _rowless(config: MappingConfig, table: Table) -> str:
-    names = [f"k{number}" for number, _ in enumerate(config.key_columns, 1)]
-    pairs = zip(names, config.key_columns, strict=True)
-    return load_sql("balances")["rowless"].format(
-        arrays=", ".join(
-            # The texts are canonical, so the cast can't fail.
-            f"${number}::text[]::{config.types[name].sql}[]"
-            for number, name in enumerate(config.key_columns, 1)
-        ),
-        keys=", ".join(names),
-        table=table.sql_name,
-        same_key=" AND ".join(f"t.{quote(name)} = w.{short}" for short, name in pairs),
-    )

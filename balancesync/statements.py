@@ -1,4 +1,4 @@
-"""The statements of `sql/target.sql`, filled in for one mapping and its table."""
+"""The statements of `sql/target.sql`, filled in for one mapping and its table, and SQL of keys."""
 
 from collections.abc import Sequence
 from typing import Final
@@ -181,6 +181,21 @@ def key_array(config: MappingConfig, expressions: Sequence[str]) -> str:
 def staged_columns(config: MappingConfig) -> tuple[list[str], list[str]]:
     """The names of the staging table's key columns and value columns."""
     return _numbered("k", config.key_columns), _numbered("v", config.value_columns)
+
+
+def key_lookup(config: MappingConfig) -> dict[str, str]:
+    """How `sql/balances.sql` finds the rows of keys that are given as arrays of their texts."""
+    short = _numbered("k", config.key_columns)
+    columns = list(zip(short, config.key_columns, strict=True))
+    return {
+        # The texts are canonical, so the cast can't fail.
+        "arrays": ", ".join(
+            f"${number}::text[]::{config.types[name].sql}[]"
+            for number, name in enumerate(config.key_columns, 1)
+        ),
+        "keys": ", ".join(short),
+        "same_key": " AND ".join(f"t.{quote(name)} = w.{each}" for each, name in columns),
+    }
 
 
 def _numbered(letter: str, names: Sequence[str]) -> list[str]:

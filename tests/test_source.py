@@ -20,7 +20,7 @@ from redis.asyncio import Redis
 
 from balancesync.access import parse
 from balancesync.config import RedisConfig
-from balancesync.connection import connect, connected
+from balancesync.connection import connect, connected, pack
 from balancesync.embedded import RedisServer
 from balancesync.errors import (
     BalanceSyncError,
@@ -162,6 +162,25 @@ async def test_a_key_made_anew_after_it_was_read_is_read_again(
     await Strings(connection, 100).settle([b"back", b"gone", b"other"], values, [0, 1, 2])
     assert values == [b"12", None, WrongType("list")]
     await connection.close()
+
+
+async def test_a_listener_rests_until_he_asks_or_the_rest_is_over(
+    redis_url: str, redis: Redis
+) -> None:
+    address, access = parse(redis_url, timeout=5, clustered=False)
+    for rest_s, unasked in ((3600.0, []), (0.02, [b"1"])):
+        heard: list[bytes] = []
+        async with connected(address, access) as connection, asyncio.timeout(10):
+            connection.listen(heard.append, rest_s)
+            await connection.send(pack((b"SUBSCRIBE", b"news")))
+            assert await redis.publish("news", "1") == 1
+            # It was sent before this is answered.
+            await redis.ping()
+            while len(heard) < len(unasked):  # noqa: ASYNC110  # nobody tells when a rest is over
+                await asyncio.sleep(0.005)
+            assert heard == unasked
+            await connection.send(pack((b"PING",)))
+            assert heard == [b"1"]
 
 
 async def test_hashes(source: Source, redis_url: str, redis: Redis) -> None:
