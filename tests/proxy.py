@@ -37,9 +37,11 @@ class _Link:
             if writer is None:
                 continue
             if reset:
-                # Linger for no time: what is unsent is dropped, and the other side gets a RST.
+                # Linger for no time: what is unsent is dropped, and the other side gets a RST. A socket
+                # that its peer has closed meanwhile has nobody left to be reset.
                 connected: socket.socket = writer.get_extra_info("socket")
-                connected.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+                with contextlib.suppress(OSError):
+                    connected.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
             writer.transport.abort()
 
 
