@@ -37,8 +37,8 @@ class _Link:
             if writer is None:
                 continue
             if reset:
-                # Linger for no time: what is unsent is dropped, and the other side gets a RST. A socket
-                # that its peer has closed meanwhile has nobody left to be reset.
+                # Linger for no time: what is unsent is dropped, and the other side gets a RST.
+                # One that has closed its end meanwhile needs none.
                 connected: socket.socket = writer.get_extra_info("socket")
                 with contextlib.suppress(OSError):
                     connected.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
