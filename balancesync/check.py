@@ -14,6 +14,7 @@ from balancesync.database import Connection, Database, Steps, load_sql, quote
 from balancesync.errors import BalanceSyncError, TargetMismatch, Unavailable
 from balancesync.findings import Finding, Level, failure
 from balancesync.nodes import Facts
+from balancesync.records import Records
 from balancesync.sampling import look_at_sample
 from balancesync.source import Source
 from balancesync.table import Table
@@ -225,6 +226,12 @@ async def _check_schema(
         yield Finding("error", "postgres", text)
         return
     yield Finding("ok", "postgres", f"schema {schema} is up to date")
+    with database.translated():
+        known = await Records(database).remembered(connection)
+    for name, each in sorted(known.items()):
+        if each.refusal is not None:
+            text = f"the guard refuses to follow Redis: {each.refusal}"
+            yield Finding("warning", name, f"{text}; `balancesync status` has the ways out")
 
 
 async def _check_tables(

@@ -158,7 +158,9 @@ def _say_drift(document: Document, *, quiet: bool) -> int:
 
 def _verdict(document: Document, drift: int, *, lost: bool) -> str:
     if drift:
-        return f"{drift:,} rows differ: PostgreSQL is behind Redis"
+        differ = f"{drift:,} {'row differs' if drift == 1 else 'rows differ'}"
+        # What a sync would write then is no cure.
+        return f"{differ}, and Redis has lost balances" if lost else f"{differ} from Redis"
     if lost:
         return "Redis has lost balances: what is left of them agrees with PostgreSQL"
     besides = {"rejected": "rejects", "not_found": "keys without a row"}

@@ -161,7 +161,8 @@ class Facts:
         checks["postponed"] = self._postponed_check()
         if self._config.live.enabled:
             is_well = state.live == "up" or self.is_standby
-            checks["live"] = overview.check("ok" if is_well else "degraded", state.live)
+            why = f": {state.live_reason}" if state.live_reason else ""
+            checks["live"] = overview.check("ok" if is_well else "degraded", f"{state.live}{why}")
         document = overview.health_document(checks)
         if document["status"] == "unhealthy":
             if self.state not in ("standby", "draining"):

@@ -259,7 +259,7 @@ class Flusher:
         await scan(part, self._source, tracking.identity, opened.rejects, lambda progress: None)
         stamp = await self._stamp(session, opened.run)
         part.diff = await writer.diff()
-        refusal = await part.refusal(remembered, self._config.guard)
+        refusal = (await part.judge(remembered, self._config.guard)).refusal
         if refusal:
             raise Gap(f'mapping "{mapping.name}": {refusal.reason}')
         await tracking.settle()

@@ -258,6 +258,15 @@ class Refusal:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """What the guard says to a mapping: `lost` of the `known` keys are gone; None lets it pass."""
+
+    known: int
+    lost: int
+    refusal: Refusal | None = None
+
+
 def guard(
     mapping: str,
     seen: Observed,
@@ -266,39 +275,40 @@ def guard(
     standing: bool,
     max_loss: float,
     max_change: float,
-) -> Refusal | None:
-    """Judge one mapping; None lets it pass. Shares are 0 to 1.
+) -> Judgement:
+    """Judge one mapping. Shares are 0 to 1.
 
     `baseline` is None when nothing was known before (then no key can have been lost). While a
     refusal is `standing`, a key whose value differs from its row counts as lost: an application
     that starts again from zero re-creates keys, and must not heal its own loss by that.
     """
-    known = baseline.present - baseline.pruned if baseline is not None else 0
-    if baseline is not None and known > 0:
-        if not seen.present:
-            return Refusal(
-                mapping, "loss", f"Redis has no key at all, but {baseline.present:,} were known"
-            )
+    known = lost = 0
+
+    def refuse(kind: Literal["loss", "change"], reason: str) -> Judgement:
+        return Judgement(known, lost, Refusal(mapping, kind, reason))
+
+    if baseline is not None and baseline.present > baseline.pruned:
+        known = baseline.present - baseline.pruned
         # A row that others have added since has no key either: no more than is known can be lost.
         lost = min(max(seen.absent - baseline.absent - baseline.pruned, 0), known)
+        if not seen.present:
+            return refuse("loss", f"Redis has no key at all, but {baseline.present:,} were known")
         returned_changed = seen.changed if standing else 0
         if exceeds(lost + returned_changed, max_loss, known):
             changed = f" and {seen.changed:,} came back changed" if returned_changed else ""
-            return Refusal(
-                mapping,
+            return refuse(
                 "loss",
                 f"{lost:,} of {known:,} known keys are gone{changed}, "
                 f"more than guard.max_loss = {max_loss:g}",
             )
     writes = seen.changed + seen.deletable
     if max_change < 1 and seen.target_rows and exceeds(writes, max_change, seen.target_rows):
-        return Refusal(
-            mapping,
+        return refuse(
             "change",
             f"{writes:,} of {seen.target_rows:,} rows would be updated or deleted, "
             f"more than guard.max_change = {max_change:g}",
         )
-    return None
+    return Judgement(known, lost)
 
 
 def exceeds(part: int, share: float, whole: int) -> bool:

@@ -74,6 +74,12 @@ class Identity:
     nodes: tuple[Node, ...]
 
     @property
+    def address(self) -> str:
+        """Of its first primary, with the number of the others."""
+        others = len(self.nodes) - 1
+        return f"{self.nodes[0].address}{f' and {others} more' if others else ''}"
+
+    @property
     def run_id(self) -> str:
         """New whenever a server was started again; a cluster's are joined by commas."""
         return ",".join(sorted(self.run_ids))

@@ -27,9 +27,10 @@ SHORT: Final = ("id", "job", "trigger", "mode", "status", "mapping", "started_at
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """Whether a server answers; `error` says why not."""
+    """Whether a server answers, and which; `error` says why not, and names it."""
 
     connected: bool
+    address: str | None = None
     version: str | None = None
     latency_ms: float | None = None
     error: str | None = None
@@ -39,13 +40,18 @@ async def probe_redis(source: Source) -> Server:
     """Ask Redis who it is."""
     try:
         async with asyncio.timeout(_PROBE_S):
-            version = (await source.identity()).version
+            identity = await source.identity()
             latency_s = await source.ping()
     except BalanceSyncError as error:
         return Server(connected=False, error=str(error))
     except TimeoutError:
         return Server(connected=False, error=f"Redis didn't answer in {_PROBE_S:g} s")
-    return Server(connected=True, version=version, latency_ms=round(latency_s * 1000, 3))
+    return Server(
+        connected=True,
+        address=identity.address,
+        version=identity.version,
+        latency_ms=round(latency_s * 1000, 3),
+    )
 
 
 async def probe_postgres(database: Database) -> Server:
@@ -55,7 +61,12 @@ async def probe_postgres(database: Database) -> Server:
         begun = perf_counter()
         version = await connection.fetchval("SHOW server_version")
         latency_ms = round((perf_counter() - begun) * 1000, 3)
-        return Server(connected=True, version=version.split()[0], latency_ms=latency_ms)
+        return Server(
+            connected=True,
+            address=database.address,
+            version=version.split()[0],
+            latency_ms=latency_ms,
+        )
 
     try:
         return await database.ask(question, _PROBE_S, reserved=True)

@@ -10,7 +10,7 @@ import structlog
 from balancesync.apply import Applied
 from balancesync.config import GuardConfig
 from balancesync.mapping import Mapping
-from balancesync.model import Baseline, Counts, Observed, Refusal, Reject, guard
+from balancesync.model import Baseline, Counts, Judgement, Observed, Reject, guard
 from balancesync.nodes import Identity
 from balancesync.reading import Reading
 from balancesync.records import Remembered
@@ -83,7 +83,7 @@ class Part:
             counts.scanned = counts.seen
         return counts
 
-    async def refusal(self, remembered: Remembered, limits: GuardConfig) -> Refusal | None:
+    async def judge(self, remembered: Remembered, limits: GuardConfig) -> Judgement:
         """What the guard says to this diff."""
         baseline = remembered.baseline
         if baseline is not None and baseline.pruned:

@@ -22,6 +22,8 @@ from balancesync.session import Session
 from balancesync.target import Span, Writer
 
 _CLOCK_SLACK_S: Final = 1.0
+# The share of the known keys whose loss is told, though it's followed: several such ones add up.
+_NOTABLE_LOSS: Final = 0.1
 # A key that changes all the time may differ at each look, for a moment.
 _LOOKS: Final = 5
 
@@ -139,11 +141,16 @@ class Pipeline(Attempt):
         refusals = []
         for part in parts:
             remembered = known.get(part.mapping.name, Remembered(None, None, None))
-            refusal = await part.refusal(remembered, self._config.guard)
-            if refusal:
-                refusals.append(refusal)
+            judged = await part.judge(remembered, self._config.guard)
+            if judged.refusal:
+                refusals.append(judged.refusal)
             elif not part.present:
                 self._warn(f'mapping "{part.mapping.name}": Redis has no key of it')
+            elif exceeds(judged.lost, _NOTABLE_LOSS, judged.known):
+                self._warn(
+                    f'mapping "{part.mapping.name}": {judged.lost:,} of {judged.known:,} known keys'
+                    f" are gone; guard.max_loss = {self._config.guard.max_loss:g} allows it"
+                )
         if not refusals and self._writes:
             refusals = await self._judge_size(parts)
         sentences = [f'mapping "{each.mapping}": {each.reason}' for each in refusals]

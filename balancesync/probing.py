@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 from collections.abc import Mapping as Dictionary
+from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, Final
@@ -67,6 +68,7 @@ class Probing:
         self._pruned = 0
         self._pause = _TROUBLED_S
         self._retry_at = 0.0
+        self._stirred = asyncio.Event()
 
     async def serve(self) -> None:
         """Probe until cancelled."""
@@ -78,7 +80,12 @@ class Probing:
             if well and self._state.leader:
                 await self._watch_size()
                 self._recover()
-            await asyncio.sleep(_CALM_S if well and not self._runner.owed else _TROUBLED_S)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(
+                    _CALM_S if well and not self._runner.owed else _TROUBLED_S
+                ):
+                    await self._stirred.wait()
+            self._stirred.clear()
 
     async def probe(self) -> None:
         """Ask both servers once; tells of what changed."""
@@ -90,7 +97,13 @@ class Probing:
         self._state.redis, self._state.postgres = redis, postgres
 
     def take(self, kind: str, document: Dictionary[str, Any]) -> None:
-        """Hear of an event: a run that ended changes what the metrics must know."""
+        """Hear of an event: a run that ended changes what the metrics must know.
+
+        A gap of live mode may be a Redis that was emptied: looked at now, the application has no
+        time to start again from zero, and to hide that.
+        """
+        if kind == "live" and document["state"] == "catching up":
+            self._stirred.set()
         if kind == "run_finished" and document["job"] != "live":
             self._refresh_at = 0.0
             self._remember_size(document)

@@ -108,7 +108,11 @@ COMPONENTS: Final[dict[str, Schema]] = {
     ),
     "Run": record_of(_RUN, ("progress", "report")),
     "Server": record(
-        connected=FLAG, version=maybe(TEXT), latency_ms=maybe(_SECONDS), error=maybe(TEXT)
+        connected=FLAG,
+        address=maybe(TEXT),
+        version=maybe(TEXT),
+        latency_ms=maybe(_SECONDS),
+        error=maybe(TEXT),
     ),
     "Status": record(
         name=TEXT,

@@ -133,7 +133,8 @@ def _progress_facts(progress: Document | None) -> dict[str, str | Text]:
 
 def _server_text(server: Document) -> Text:
     if server["connected"]:
-        return Text(f"{server['version']}, answers in {server['latency_ms']:.1f} ms")
+        who = printable(f"{server['version']} at {server['address']}")
+        return Text(f"{who}, answers in {server['latency_ms']:.1f} ms")
     return Text(printable(server["error"] or "doesn't answer"), "red")
 
 

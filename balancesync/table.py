@@ -84,7 +84,9 @@ async def inspect(connection: Connection, mapping: MappingConfig) -> Table:
         )
     rows = await connection.fetch(_SQL["columns"], relation["oid"])
     table = Table(name, relation["oid"], {row["name"]: Column(**row) for row in rows})
-    misfits = _column_misfits(table, mapping) or await _index_misfits(connection, table, mapping)
+    misfits = _column_misfits(table, mapping)
+    if table.columns.keys() >= {*mapping.key_columns}:
+        misfits += await _index_misfits(connection, table, mapping)
     if relation["has_children"]:
         misfits.append(
             "other tables inherit from it, and its unique index doesn't cover their rows; use"
@@ -92,12 +94,17 @@ async def inspect(connection: Connection, mapping: MappingConfig) -> Table:
         )
     if relation["hidden_rows"]:
         misfits.append("row-level security hides rows from this role; use a role with BYPASSRLS")
+    missing = _missing_rights(table, mapping, may_delete=relation["may_delete"])
+    right = f"this role lacks {', '.join(missing)}"
     if misfits:
         raise TargetMismatch(
             f'mapping "{mapping.name}" doesn\'t fit the table {mapping.table}: '
-            + "; ".join(misfits)
+            + "; ".join([*misfits, right] if missing else misfits)
         )
-    _check_rights(table, mapping, may_delete=relation["may_delete"])
+    if missing:
+        raise RightMissing(
+            f'mapping "{mapping.name}": {right} on {mapping.table}; GRANT it, see docs/security.md'
+        )
     return table
 
 
@@ -173,23 +180,18 @@ async def _index_misfits(connection: Connection, table: Table, mapping: MappingC
     ]
 
 
-def _check_rights(table: Table, mapping: MappingConfig, *, may_delete: bool) -> None:
+def _missing_rights(table: Table, mapping: MappingConfig, *, may_delete: bool) -> list[str]:
+    """What this role may not do, of the columns that are there."""
     columns = table.columns
     deletes = mapping.on_absent == "delete"
     written = [*mapping.value_columns, *([mapping.synced_at] if mapping.synced_at else [])]
     read = [*mapping.columns, *([mapping.synced_at] if deletes else [])]
-    lacks = [f"SELECT ({name})" for name in read if not columns[name].may_select]
-    lacks += [f"UPDATE ({name})" for name in written if not columns[name].may_update]
-    if mapping.mode == "upsert":
-        inserted = [*mapping.key_columns, *written]
-        lacks += [f"INSERT ({name})" for name in inserted if not columns[name].may_insert]
-    if deletes and not may_delete:
-        lacks.append("DELETE")
-    if lacks:
-        raise RightMissing(
-            f'mapping "{mapping.name}": this role lacks {", ".join(lacks)} on {mapping.table};'
-            " GRANT it, see docs/security.md"
-        )
+    inserted = [*mapping.key_columns, *written] if mapping.mode == "upsert" else []
+    there = columns.keys()
+    lacks = [f"SELECT ({n})" for n in read if n in there and not columns[n].may_select]
+    lacks += [f"UPDATE ({n})" for n in written if n in there and not columns[n].may_update]
+    lacks += [f"INSERT ({n})" for n in inserted if n in there and not columns[n].may_insert]
+    return [*lacks, "DELETE"] if deletes and not may_delete else lacks
 
 
 async def create(connection: Connection, mapping: MappingConfig) -> Table:

@@ -15,8 +15,10 @@ from balancesync.config import Config, LiveConfig, MappingConfig, PostgresConfig
 from balancesync.database import Database, Steps
 from balancesync.embedded import PostgresServer, RedisServer
 from balancesync.findings import Finding
+from balancesync.model import Request
 from balancesync.sampling import SAMPLED_KEYS
 from balancesync.source import Source
+from balancesync.sync import Sync
 
 Check = Callable[..., Awaitable[list[Finding]]]
 
@@ -224,6 +226,19 @@ async def test_tables_that_do_not_fit(
     await pg.execute(statement)
     [error] = texts(await examine(config), "error", "balances")
     assert said in error
+
+
+async def test_a_refusal_that_stands(config: Config, redis: Redis) -> None:
+    database = Database(config.postgres)
+    await redis.mset({f"balance:{n}": "1" for n in range(4)})
+    async with Source(config.redis) as source:
+        await Sync(config, database, source).run(Request("sync", "cli"))
+        await redis.flushall()
+        await Sync(config, database, source).run(Request("sync", "cli"))
+    await database.close()
+    said = texts(await examine(config), "warning", "balances")
+    refusal = "the guard refuses to follow Redis: Redis has no key at all, but 4 were known"
+    assert f"{refusal}; `balancesync status` has the ways out" in said
 
 
 async def test_a_schema_that_is_missing(config: Config, pg: asyncpg.Connection) -> None:

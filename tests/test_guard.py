@@ -84,6 +84,16 @@ async def ten(engine: Make, redis: Redis) -> Engine:
 # --- loss -----------------------------------------------------------------------------------------
 
 
+async def test_a_loss_that_is_allowed_is_told_if_it_is_large(ten: Engine, redis: Redis) -> None:
+    await drop(redis, [0])
+    assert (await ten.good()).warnings == []
+    await drop(redis, [1])
+    assert (await ten.good()).warnings == [
+        'mapping "balances": 1 of 9 known keys are gone; guard.max_loss = 0.5 allows it'
+    ]
+    assert (await ten.good()).warnings == []
+
+
 async def test_an_empty_redis_is_refused(ten: Engine, redis: Redis, pg: asyncpg.Connection) -> None:
     before = await pg.fetch("SELECT *, xmin FROM balances ORDER BY user_id")
     await redis.flushall()
@@ -465,7 +475,8 @@ def judge(
     max_loss: float = 0.5,
     max_change: float = 1.0,
 ) -> Refusal | None:
-    return guard("m", seen, baseline, standing=standing, max_loss=max_loss, max_change=max_change)
+    limits = {"max_loss": max_loss, "max_change": max_change}
+    return guard("m", seen, baseline, standing=standing, **limits).refusal
 
 
 def looks(present: int, absent: int, changed: int = 0) -> Observed:

@@ -164,6 +164,22 @@ async def test_rows_of_keys_that_are_gone_are_deleted_where_that_is_wanted(
     assert set(await rows(pg)) == set(range(KEYS)) - {3, 4}
 
 
+async def test_a_flushall_is_looked_at_before_the_application_can_start_again(
+    start: Start, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    daemon = await start(live={"rescan_interval": 3600})
+    # From the next probe on it takes its time.
+    for name in ("_CALM_S", "_TROUBLED_S"):
+        monkeypatch.setattr(probing, name, 3600)
+    probes = asyncio.Event()
+    monkeypatch.setattr(daemon.daemon._probing, "_recover", probes.set)
+    async with asyncio.timeout(20):
+        await probes.wait()
+    await redis.flushall()
+    run = await daemon.finished(status="refused")
+    assert run["trigger"] == "recovery"
+
+
 async def test_what_a_flushall_took_is_never_taken_for_deleted(
     start: Start, redis: Redis, pg: asyncpg.Connection
 ) -> None:
@@ -564,7 +580,8 @@ async def test_a_standby_follows_nothing_until_it_leads(
     second = await start(up=False)
     await second.log.next("leader", leads=False, leader=first.daemon.state.name)
     _, health = await second.api.ask("/health")
-    assert health["checks"]["live"] == {"status": "ok", "detail": "off"}
+    assert health["checks"]["live"]["status"] == "ok"
+    assert health["checks"]["live"]["detail"].startswith("off: ")
     await first.stop()
     await second.log.next("live", state="up")
     await redis.set("balance:1", "2")

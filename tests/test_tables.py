@@ -82,9 +82,9 @@ MISFITS: dict[str, tuple[str, dict[str, Any], list[str]]] = {
         ['"balance" is double precision, not numeric(20,2)'],
     ),
     "everything in one line": (
-        "CREATE TABLE balances (user_id integer PRIMARY KEY, balance text)",
+        "CREATE TABLE balances (user_id integer, balance text)",
         {},
-        ['"user_id" is integer', '"balance" is text', 'no column "synced_at"'],
+        ['"user_id" is integer', '"balance" is text', 'no column "synced_at"', "no unique index"],
     ),
     "view": (
         f"CREATE TABLE t ({COLUMNS}); CREATE VIEW balances AS TABLE t",
@@ -400,6 +400,10 @@ async def test_role_without_each_right(
 
     await lacks("schema app")
     await grant("USAGE ON SCHEMA app")
+    misfit = engine({"table": "app.balances", "synced_at": "at"}, dsn=role.dsn)
+    line = await misfit.failed(TargetMismatch)
+    assert 'no column "at"' in line
+    assert "this role lacks SELECT (user_id), SELECT (balance), UPDATE (balance)" in line
     await lacks("SELECT")
     await grant("SELECT (user_id, balance, synced_at) ON app.balances")
     await lacks("UPDATE (balance)", "UPDATE (synced_at)", "INSERT (user_id)", "INSERT (balance)")

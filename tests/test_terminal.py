@@ -187,8 +187,14 @@ async def test_no_color_means_no_colour(config: Path) -> None:
         assert bool(_COLOUR.search(terminal.seen)) == coloured
 
 
-UP_SERVER = {"connected": True, "version": "9", "latency_ms": 0.1, "error": None}
-DOWN = {"connected": False, "version": None, "latency_ms": None, "error": "refused"}
+UP_SERVER = {
+    "connected": True,
+    "address": "localhost:1",
+    "version": "9",
+    "latency_ms": 0.1,
+    "error": None,
+}
+DOWN = {**dict.fromkeys(UP_SERVER), "connected": False, "error": "refused"}
 RUN = {"job": "sync", "trigger": "cli", "mode": "apply", "status": "succeeded", "error": None}
 GOOD: dict[str, Any] = {
     "state": "idle",
