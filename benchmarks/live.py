@@ -4,8 +4,9 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import quantiles
+from statistics import fmean, quantiles
 from time import perf_counter
 from typing import Any, Final
 
@@ -191,78 +192,107 @@ def _peak_bytes(pid: int) -> int:
 async def redis_cost(bench: Bench) -> list[Row]:
     """What live mode adds to Redis' own work for a write, and whether a writer keeps its pace."""
     await bench.synced()
-    ratios: list[float] = []
+    beside: list[float] = []
+    alone: list[float] = []
     paces: list[float] = []
-    for _ in range(bench.runs):
-        # With live mode in the middle, so that a machine that speeds up or slows down favours none.
-        bare, followed = [await _redis_seconds(bench)], []
-        async with _following(bench) as live:
-            for _ in range(2):
-                spent, pace = await _redis_seconds(bench)
-                followed.append(spent)
-                paces.append(pace)
-            await live.drained()
-        bare.append(await _redis_seconds(bench))
-        ratios.append((sum(followed) / sum(spent for spent, _ in bare) - 1) * 100)
+    async with bench.twin() as twin:
+        await twin.hold(STRINGS)
+        for _ in range(bench.runs):
+            # With live mode in the middle, so that a machine that changes its speed favours none.
+            without = [await _spend(bench, 20_000)]
+            async with _following(bench) as live:
+                followed = [await _spend(bench, 20_000) for _ in range(2)]
+                pairs = [await asyncio.gather(*(_spend(b, 10_000) for b in (bench, twin)))]
+                await live.drained()
+            without.append(await _spend(bench, 20_000))
+            pairs.append(await asyncio.gather(*(_spend(b, 10_000) for b in (bench, twin))))
+            alone.append(_growth([x.spent for x in followed], [x.spent for x in without]))
+            (one, other), (idle, idle_twin) = pairs
+            # Both are as fast as one another, but for what two processes have of luck.
+            beside.append(_growth([one.spent / other.spent], [idle.spent / idle_twin.spent]))
+            paces += [each.pace for each in followed]
+    case = "Redis' CPU time for a write grows with live mode"
     return [
-        measured("Redis' CPU time for a write grows with live mode by", ratios, "%", at_most=15),
+        measured(f"{case}, beside a Redis that isn't followed, by", beside, "%", at_most=15),
+        measured(f"{case}, against the same without PostgreSQL at work, by", alone, "%"),
         measured("a writer paced at 20,000/s, with live mode", paces, "/s", at_least=19_800),
     ]
 
 
-async def _redis_seconds(bench: Bench) -> tuple[float, float]:
+@dataclass(frozen=True)
+class _Spent:
+    """CPU seconds of Redis for a write, and how many writes a second there were."""
+
+    spent: float
+    pace: float
+
+
+async def _spend(bench: Bench, rate: int) -> _Spent:
     before = noise.process_seconds(bench.servers[1])
     bench.seed += 1
-    load: dict[str, Any] = {"keys": bench.keys, "rate": 20_000, "seconds": _WINDOW_S / 2}
+    load: dict[str, Any] = {"keys": bench.keys, "rate": rate, "seconds": _WINDOW_S / 2}
     found = await finish(await bench.start("spend", seed=bench.seed, **load, **_LOAD))
     spent = noise.process_seconds(bench.servers[1]) - before
-    return spent / found["written"], found["written"] / found["seconds"]
+    return _Spent(spent / found["written"], found["written"] / found["seconds"])
+
+
+def _growth(more: list[float], less: list[float]) -> float:
+    """By how many percent the mean of `more` is above that of `less`."""
+    return (fmean(more) / fmean(less) - 1) * 100
 
 
 async def cost(bench: Bench) -> list[Row]:
-    """The same changes over few keys and over many, and changes all over the many."""
-    many = bench.keys if bench.quick else _MANY
-    same: dict[int, list[float]] = {}
+    """The same changes over few keys and over many, in turn; and changes all over the many."""
+    size = bench.keys if bench.quick else _MANY
+    few: list[float] = []
+    same: list[float] = []
     spread: list[float] = []
-    for size in (_FEW, many):
-        await bench.hold(STRINGS, size)
-        found = await bench.work("sync", mapping=STRINGS.mapping, accept_loss=True)
-        if found["counts"]["scanned"] != size:
-            raise Broken(f"preparing {size:,} keys: {found['counts']}")
-        await bench.rest("balances")
+    async with bench.twin() as small:
+        for each, keys in ((small, _FEW), (bench, size)):
+            await each.hold(STRINGS, keys)
+            found = await each.work("sync", mapping=STRINGS.mapping, accept_loss=True)
+            if found["counts"]["scanned"] != keys:
+                raise Broken(f"preparing {keys:,} keys: {found['counts']}")
+            await each.sql.execute("VACUUM (ANALYZE) balances")
+        await bench.sql.execute("CHECKPOINT")
         for _ in range(bench.runs):
-            async with _following(bench) as live:
-                same.setdefault(size, []).append(await _changes_cost(bench, live, _FEW))
-                if size == many:
-                    spread.append(await _changes_cost(bench, live, many))
-    ratios = [more / less for less, more in zip(same[_FEW], same[many], strict=True)]
+            async with _following(small) as less, _following(bench) as more:
+                changes = [(small, less, _FEW), (bench, more, _FEW), (bench, more, size)]
+                spent = await _changes_cost(changes)
+            for kept, seconds in zip((few, same, spread), spent, strict=True):
+                kept.append(seconds)
+    ratios = [more / less for less, more in zip(few, same, strict=True)]
     case = f"CPU time of {_CHANGES:,} changes"
     return [
-        measured(f"{case} of {_FEW:,} keys", [1000 * each for each in same[_FEW]], "ms"),
-        measured(f"{case} of {_FEW:,} among {many:,} keys", [1000 * x for x in same[many]], "ms"),
-        measured(f"{case} of {many:,} keys", [1000 * each for each in spread], "ms"),
-        measured(f"{case}: {many:,} to {_FEW:,} keys", ratios, "times", at_most=1.2),
+        measured(f"{case} of {_FEW:,} keys", [1000 * x for x in few], "ms"),
+        measured(f"{case} of {_FEW:,} among {size:,} keys", [1000 * x for x in same], "ms"),
+        measured(f"{case} of {size:,} keys", [1000 * x for x in spread], "ms"),
+        measured(f"{case}: {size:,} to {_FEW:,} keys", ratios, "times", at_most=1.2),
     ]
 
 
-async def _changes_cost(bench: Bench, live: _Daemon, among: int) -> float:
-    """CPU seconds of balancesync and PostgreSQL for a round of changes of the first keys."""
+async def _changes_cost(places: list[tuple[Bench, _Daemon, int]]) -> list[float]:
+    """CPU seconds of balancesync and PostgreSQL for a round of changes of the first keys of each.
+
+    They take turns, so that a machine that changes its speed favours none; who waits does nothing.
+    """
+    spent = [0.0] * len(places)
+    for turn in range(1 + _ROUNDS):
+        for at, (bench, live, among) in enumerate(places):
+            before = _spent(bench, live)
+            await _change(bench, live, among)
+            # The first round warms up.
+            spent[at] += (_spent(bench, live) - before) if turn else 0.0
+    return [each / _ROUNDS for each in spent]
+
+
+async def _change(bench: Bench, live: _Daemon, among: int) -> None:
     load: dict[str, Any] = {"keys": among, "rate": 100_000, "connections": 1, "depth": _CHANGES}
+    bench.seed += 1
     seconds = _CHANGES / load["rate"]
-
-    async def change() -> None:
-        bench.seed += 1
-        worker = await bench.start(
-            "spend", seconds=seconds, seed=bench.seed, distinct=False, **load
-        )
-        await finish(worker)
-        await live.drained()
-
-    await change()
-    before = _spent(bench, live)
-    for _ in range(_ROUNDS):
-        await change()
-    return (_spent(bench, live) - before) / _ROUNDS
+    worker = await bench.start("spend", seconds=seconds, seed=bench.seed, distinct=False, **load)
+    await finish(worker)
+    await live.drained()
 
 
 def _spent(bench: Bench, live: _Daemon) -> float:

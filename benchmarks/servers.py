@@ -6,9 +6,10 @@ import os
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 import asyncpg
 from pydantic import SecretStr
@@ -124,6 +125,26 @@ class Bench:
         async with Source(RedisConfig(url=SecretStr(self.url))) as source:
             identity = await source.identity()
         return f"PostgreSQL {postgres}, {identity.server} {identity.version}"
+
+    @asynccontextmanager
+    async def twin(self) -> AsyncIterator["Bench"]:
+        """A Redis and a database of their own beside these, empty, for the length of a block."""
+        await self.sql.execute("CREATE DATABASE twin")
+        dsn = urlsplit(self.dsn)._replace(path="/twin").geturl()
+        with RedisServer() as redis:
+            connection = await asyncpg.connect(dsn)
+            try:
+                yield replace(
+                    self,
+                    dsn=dsn,
+                    url=redis.url,
+                    sql=connection,
+                    servers=(self.servers[0], redis.pid),
+                    _holds=("", 0),
+                )
+            finally:
+                connection.terminate()
+                await self.sql.execute("DROP DATABASE twin WITH (FORCE)")
 
     async def settle(self) -> None:
         """Wait for the end of all other sessions, which then have told their statistics."""
