@@ -22,12 +22,13 @@ class Backward(Attempt):
     # What there is nothing of without a table.
     purpose: ClassVar[str]
 
-    _identity: Identity | None = None
+    # Who Redis was before the first record was seen to.
+    identity: Identity
 
     async def _proceed(self, session: Session, close: Callable[[], None]) -> None:
         self.has_read = True
         parts = await self._parts(session)
-        self._identity = await self._meet(session)
+        self.identity = await self._meet(session)
         for part in parts:
             try:
                 await self._work(session, part)
@@ -65,7 +66,7 @@ class Backward(Attempt):
     def _tally(self, part: Part) -> None:
         """Put a mapping's counts into the run, with those of earlier attempts."""
 
-    async def _judge(self, parts: Sequence[Part]) -> str:
+    async def _judge(self, session: Session, parts: Sequence[Part]) -> str:
         """What makes the run no success although all is done, if anything; may warn, or raise."""
         return ""
 
@@ -76,7 +77,7 @@ class Backward(Attempt):
     async def _conclude(
         self, session: Session, parts: Sequence[Part], close: Callable[[], None]
     ) -> None:
-        problem = await self._judge(parts)
+        problem = await self._judge(session, parts)
         for part in parts:
             if part.counts.rejected:
                 self._warn(

@@ -29,8 +29,9 @@ from balancesync.session import Session
 from balancesync.source import Source
 from balancesync.target import Span, Writer
 from balancesync.tracking import Tracking
+from balancesync.values import Unfit
 
-_UNKNOWN: Final = Remembered(None, None, None)
+_UNKNOWN: Final = Remembered()
 _WARNINGS: Final = 10
 
 
@@ -56,7 +57,8 @@ class _Keyed:
 class Flusher:
     """Brings changed keys to PostgreSQL, in a session that is made anew after any failure.
 
-    `absent` are the keys that rows have lost since `forget`, by mapping.
+    `absent` are the keys that rows have lost since `forget`, by mapping; those that were pruned
+    aren't lost.
     """
 
     def __init__(self, config: Config, database: Database, source: Source) -> None:
@@ -161,6 +163,7 @@ class Flusher:
             remembered = known.get(name, _UNKNOWN)
             if isinstance(writer, KeyedWriter):
                 keyed.append(await self._read(writer, keys, tracking, opened.rejects))
+                await self._count_absent(session, keyed[-1], remembered)
                 self._judge(keyed[-1], remembered)
             else:
                 counts[name] = await self._rescan(session, writer, tracking, opened, remembered)
@@ -192,20 +195,30 @@ class Flusher:
         part.diff = await writer.diff()
         return _Keyed(part, keys, set(gone), await writer.absent_keys())
 
+    async def _count_absent(self, session: Session, read: _Keyed, remembered: Remembered) -> None:
+        """Take in which keys rows have lost, and which have come back."""
+        mapping = read.part.mapping
+        lost, back = set(read.absent), set(read.keys) - read.unread
+        absent = self.absent[mapping.config.name]
+        if absent:
+            absent.difference_update(back)
+        # A key may be told to be gone more than once.
+        read.part.diff.absent = len(lost - absent)
+        if remembered.baseline is not None and remembered.baseline.pruned:
+            connection = session.connection
+            # One that is there is pruned no more: when it goes again, it is lost.
+            await self._records.withdraw_pruned(connection, mapping.name, _texts(mapping, back))
+            pruned = await self._records.pruned(connection, mapping.name, _texts(mapping, lost))
+            lost -= {mapping.print_key(texts) for texts in pruned}
+        absent.update(lost)
+
     def _judge(self, read: _Keyed, remembered: Remembered) -> None:
         """Raise Gap if rows have lost so many keys by now that only the guard may judge it."""
         part, limits, baseline = read.part, self._config.guard, remembered.baseline
         name = part.mapping.name
         if baseline is None:
             raise Gap(f'mapping "{name}": no full run has succeeded yet')
-        absent = self.absent[name]
-        if absent:
-            absent.difference_update(set(read.keys) - read.unread)
-        # A key may be told to be gone more than once.
-        part.diff.absent = len(set(read.absent) - absent)
-        absent.update(read.absent)
-        known = baseline.present - baseline.pruned
-        lost = len(absent) - baseline.pruned
+        known, lost = remembered.known, len(self.absent[name])
         if known <= 0 < lost and limits.max_loss < 1:
             raise Gap(
                 f'mapping "{name}": keys that the last full run didn\'t know are gone: {lost:,}'
@@ -259,7 +272,7 @@ class Flusher:
         await scan(part, self._source, tracking.identity, opened.rejects, lambda progress: None)
         stamp = await self._stamp(session, opened.run)
         part.diff = await writer.diff()
-        refusal = (await part.judge(remembered, self._config.guard)).refusal
+        refusal = (await part.judge(remembered, self._config.guard, None)).refusal
         if refusal:
             raise Gap(f'mapping "{mapping.name}": {refusal.reason}')
         await tracking.settle()
@@ -271,3 +284,9 @@ class Flusher:
             await self._records.merge_rejects(connection, opened.run, stamp.at, names, None)
         await session.plan_by_index()
         return counts
+
+
+def _texts(mapping: Mapping, keys: set[bytes]) -> list[tuple[str, ...]]:
+    """The texts of keys' columns; a key that can't be one of the mapping's has none."""
+    split = map(mapping.split_key, keys)
+    return [texts for texts in split if not isinstance(texts, Unfit)]

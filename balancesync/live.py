@@ -75,6 +75,8 @@ class Live:
         self._hurry = asyncio.Event()
         self._tracking: Tracking | None = None
         self._caught_up = False
+        # Whether it's after a gap.
+        self._mends = False
         # The tracking that was in place before a run read its first key, by the run's id.
         self._covered: dict[str, Tracking] = {}
         self._asked_at = -inf
@@ -112,6 +114,7 @@ class Live:
         """
         self._starting = starting
         if leads:
+            self._mends = False
             self._leads.set()
         else:
             self._leads.clear()
@@ -136,10 +139,15 @@ class Live:
                 self._covered[run["id"]] = self._tracking
             return
         covered = self._covered.pop(run["id"], None)
+        if run["status"] == "refused" and self._tracking is not None:
+            self._tell("catching up", "the guard's refusal stands, see `balancesync status`")
         if run["status"] == "succeeded":
             self._flusher.forget()
             if covered is not None and covered is self._tracking and covered.gap is None:
                 self._caught_up = True
+                if not self._mends:
+                    # The run that following began with is no reason to wait with a first gap.
+                    self._asked_at = -inf
                 self._tell("up")
                 self._nudge()
 
@@ -207,6 +215,7 @@ class Live:
             while self._leads.is_set():
                 await self._turn(tracking)
         except Gap as gap:
+            self._mends = True
             # Else it has been told already that somebody else leads, or nobody.
             if self._leads.is_set():
                 self._tell("catching up", str(gap))

@@ -228,6 +228,14 @@ class Baseline:
 
 
 @dataclass(frozen=True, slots=True)
+class Met:
+    """A Redis as it was met: its run_id, and how often it had been emptied since its start."""
+
+    run_id: str
+    flushes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Stamp:
     """What everything that one run or flush writes has in common.
 
@@ -273,14 +281,17 @@ def guard(
     baseline: Baseline | None,
     *,
     standing: bool,
+    suspicion: str | None,
     max_loss: float,
     max_change: float,
 ) -> Judgement:
     """Judge one mapping. Shares are 0 to 1.
 
-    `baseline` is None when nothing was known before (then no key can have been lost). While a
-    refusal is `standing`, a key whose value differs from its row counts as lost: an application
-    that starts again from zero re-creates keys, and must not heal its own loss by that.
+    `baseline` is None when nothing was known before (then no key can have been lost). An
+    application that starts again from zero re-creates keys, and must not hide or heal its own loss
+    by that. So under `suspicion`, which says why Redis may have been empty since the last success,
+    a key whose value differs from its row counts as lost, too; and while a refusal is `standing`,
+    none may be lost or differ.
     """
     known = lost = 0
 
@@ -289,18 +300,20 @@ def guard(
 
     if baseline is not None and baseline.present > baseline.pruned:
         known = baseline.present - baseline.pruned
-        # A row that others have added since has no key either: no more than is known can be lost.
-        lost = min(max(seen.absent - baseline.absent - baseline.pruned, 0), known)
+        # Rows that have no key any more; and keys, for rows may go with theirs, or there's none. A
+        # row that others have added since has no key either: no more than is known can be lost.
+        gone = max(seen.absent - baseline.absent - baseline.pruned, known - seen.present, 0)
+        lost = min(gone, known)
         if not seen.present:
             return refuse("loss", f"Redis has no key at all, but {baseline.present:,} were known")
-        returned_changed = seen.changed if standing else 0
-        if exceeds(lost + returned_changed, max_loss, known):
-            changed = f" and {seen.changed:,} came back changed" if returned_changed else ""
-            return refuse(
-                "loss",
-                f"{lost:,} of {known:,} known keys are gone{changed}, "
-                f"more than guard.max_loss = {max_loss:g}",
-            )
+        made_anew = seen.changed if standing or suspicion else 0
+        limit = 0.0 if standing and max_loss < 1 else max_loss
+        if exceeds(lost + made_anew, limit, known):
+            found = _of_the_known(known, lost, made_anew)
+            if standing:
+                return refuse("loss", f"{found}, and the refusal stands until none is")
+            since = f"{suspicion}: " if suspicion else ""
+            return refuse("loss", f"{since}{found}, more than guard.max_loss = {max_loss:g}")
     writes = seen.changed + seen.deletable
     if max_change < 1 and seen.target_rows and exceeds(writes, max_change, seen.target_rows):
         return refuse(
@@ -309,6 +322,25 @@ def guard(
             f"more than guard.max_change = {max_change:g}",
         )
     return Judgement(known, lost)
+
+
+def _of_the_known(known: int, lost: int, made_anew: int) -> str:
+    """What has become of the known keys, in words.
+
+    >>> _of_the_known(100, 60, 40)
+    '60 of 100 known keys are gone and 40 came back changed'
+    >>> _of_the_known(100, 0, 1)
+    '1 of 100 known keys came back changed'
+    """
+    of_all = f"of {known:,} known keys"
+    gone = f"{lost:,} {of_all} are gone"
+    if not made_anew:
+        return gone
+    return (
+        f"{gone} and {made_anew:,} came back changed"
+        if lost
+        else (f"{made_anew:,} {of_all} came back changed")
+    )
 
 
 def exceeds(part: int, share: float, whole: int) -> bool:

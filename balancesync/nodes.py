@@ -13,6 +13,7 @@ import hiredis
 from balancesync.access import Access, Address
 from balancesync.connection import Connection, connected, pack
 from balancesync.errors import ConfigError, RedisUnavailable, RightMissing, SourceChanged
+from balancesync.model import Met
 
 ALL_SLOTS: Final = 16_384
 
@@ -22,16 +23,20 @@ class Node:
     """One primary as it was at one moment.
 
     `history` is the id of its data's history: new whenever it has been a replica meanwhile.
-    `swaps` counts SWAPDB. `client` is our connection and its database, None if the user may not
-    ask. `slots` is every primary and its slots as this node sees them, empty outside a cluster;
-    `epoch` is new after each change of its own, `moving` tells of one under way. `server` is redis
-    or valkey, `info` all that INFO says.
+    `swaps` counts SWAPDB, `flushes` FLUSHALL and FLUSHDB of whatever database. `loaded` is how many
+    keys it came with: from a snapshot, of its own or its primary's; None if it doesn't say.
+    `client` is our connection and its database, None if the user may not ask. `slots` is every
+    primary and its slots as this node sees them, empty outside a cluster; `epoch` is new after each
+    change of its own, `moving` tells of one under way. `server` is redis or valkey, `info` all that
+    INFO says.
     """
 
     address: Address
     run_id: str
     history: str
     swaps: str
+    flushes: int
+    loaded: int | None
     slots: tuple[str, ...]
     epoch: str
     moving: bool
@@ -88,6 +93,17 @@ class Identity:
     def run_ids(self) -> set[str]:
         """Each primary's."""
         return {node.run_id for node in self.nodes}
+
+    @property
+    def met(self) -> Met:
+        """What the guard is to remember of them."""
+        return Met(self.run_id, sum(node.flushes for node in self.nodes))
+
+    @property
+    def loaded(self) -> int | None:
+        """The keys that they came with when they were started; None if one doesn't say."""
+        found = [node.loaded for node in self.nodes if node.loaded is not None]
+        return sum(found) if len(found) == len(self.nodes) else None
 
     @property
     def server(self) -> str:
@@ -199,6 +215,8 @@ async def describe(connection: Connection, *, clustered: bool) -> Node:
         run_id=info.get("run_id", ""),
         history=info.get("master_replid", ""),
         swaps=stats.get("cmdstat_swapdb", "").partition(",")[0],
+        flushes=_calls(stats, "flushall") + _calls(stats, "flushdb"),
+        loaded=int(loaded) if (loaded := info.get("rdb_last_load_keys_loaded")) else None,
         slots=slots,
         epoch=epoch,
         moving=moving,
@@ -329,6 +347,11 @@ def _check_role(address: Address, info: dict[str, str]) -> None:
 def _parse_info(text: bytes) -> dict[str, str]:
     lines = (line.partition(":") for line in text.decode(errors="replace").splitlines())
     return {name: value for name, colon, value in lines if colon}
+
+
+def _calls(stats: dict[str, str], command: str) -> int:
+    calls = stats.get(f"cmdstat_{command}", "").partition(",")[0]
+    return int(calls.partition("=")[2] or 0)
 
 
 def _parse_client(reply: Any) -> str | None:

@@ -83,8 +83,10 @@ class Part:
             counts.scanned = counts.seen
         return counts
 
-    async def judge(self, remembered: Remembered, limits: GuardConfig) -> Judgement:
-        """What the guard says to this diff."""
+    async def judge(
+        self, remembered: Remembered, limits: GuardConfig, suspicion: str | None
+    ) -> Judgement:
+        """What the guard says to this diff; `suspicion` is why Redis may have been empty."""
         baseline = remembered.baseline
         if baseline is not None and baseline.pruned:
             away = baseline.pruned - await self.writer.count_pruned_back()
@@ -102,6 +104,7 @@ class Part:
             seen,
             baseline,
             standing=remembered.refusal is not None,
+            suspicion=suspicion,
             max_loss=limits.max_loss,
             max_change=limits.max_change,
         )

@@ -4,6 +4,7 @@ Dry run and verify are the same attempt stopped after diff.
 """
 
 from collections.abc import Callable, Sequence
+from collections.abc import Mapping as Dictionary
 from dataclasses import replace
 from datetime import datetime
 from typing import Final
@@ -14,7 +15,8 @@ from balancesync.attempt import Attempt, Work
 from balancesync.errors import MappingFailed, Refused, RunFailed, TargetMismatch
 from balancesync.history import History
 from balancesync.mapping import Mapping
-from balancesync.model import WOULD_BE_REFUSED, Refusal, Stamp, exceeds
+from balancesync.model import WOULD_BE_REFUSED, Met, Refusal, Stamp, exceeds
+from balancesync.nodes import Identity
 from balancesync.part import Part, Progress, RejectLog, reading_of, scan
 from balancesync.records import Remembered
 from balancesync.report import describe, reread, spare_present
@@ -46,17 +48,17 @@ class Pipeline(Attempt):
             await self._records.save(session.connection, self._run)
             return
         parts = await self._parts(session)
-        await self._read(session, parts)
+        identity = await self._meet(session)
+        await self._read(session, parts, identity)
         if self._writes:
             await self._write(session, parts)
             await self._forget_changes(session)
         else:
             await self._report(session, parts)
-        await self._conclude(session, parts, close)
+        await self._conclude(session, parts, identity.met, close)
 
-    async def _read(self, session: Session, parts: list[Part]) -> None:
+    async def _read(self, session: Session, parts: list[Part], identity: Identity) -> None:
         """Scan, stage and diff; a mapping that can't be read as a whole leaves `parts`."""
-        identity = await self._meet(session)
         self._sizes = await self._source.dbsize()
         self.has_read = True
         for part in list(parts):
@@ -138,10 +140,12 @@ class Pipeline(Attempt):
     async def _judge(self, session: Session, parts: Sequence[Part]) -> None:
         """Ask the guard about every mapping; raises Refused unless losses are accepted."""
         known = await self._records.remembered(session.connection) if self.recorded else {}
+        # Asked again: it may have been emptied during the run.
+        suspicion = self._suspicion(await self._source.identity(), known)
         refusals = []
         for part in parts:
-            remembered = known.get(part.mapping.name, Remembered(None, None, None))
-            judged = await part.judge(remembered, self._config.guard)
+            remembered = known.get(part.mapping.name, Remembered())
+            judged = await part.judge(remembered, self._config.guard, suspicion)
             if judged.refusal:
                 refusals.append(judged.refusal)
             elif not part.present:
@@ -151,8 +155,8 @@ class Pipeline(Attempt):
                     f'mapping "{part.mapping.name}": {judged.lost:,} of {judged.known:,} known keys'
                     f" are gone; guard.max_loss = {self._config.guard.max_loss:g} allows it"
                 )
-        if not refusals and self._writes:
-            refusals = await self._judge_size(parts)
+        if self._writes:
+            refusals = await self._judge_size(parts) or refusals
         sentences = [f'mapping "{each.mapping}": {each.reason}' for each in refusals]
         if self._request.accept_loss or not self._writes:
             said = "accepted" if self._request.accept_loss else WOULD_BE_REFUSED
@@ -170,6 +174,23 @@ class Pipeline(Attempt):
                 " `balancesync restore`, or run `balancesync sync --accept-loss` if this is as it"
                 " should be"
             )
+
+    def _suspicion(self, identity: Identity, known: Dictionary[str, Remembered]) -> str | None:
+        """Why Redis may have been empty at some time since the guard last knew its keys, if so."""
+        now, since = identity.met, "since the last success"
+        met = {each.met for each in known.values() if each.met}
+        # Back at none, they were forgotten by CONFIG RESETSTAT.
+        if any(now.run_id == each.run_id and now.flushes not in (0, each.flushes) for each in met):
+            return f"Redis was emptied by FLUSHALL or FLUSHDB {since}"
+        if all(now.run_id == each.run_id for each in met):
+            return None
+        limit, loaded = self._config.guard.max_loss, identity.loaded
+        fields = {config.name for config in self._config.mapping if config.member}
+        keys = sum(each.known for name, each in known.items() if name not in fields)
+        if loaded is not None and not exceeds(keys - loaded, limit, keys):
+            return None
+        brought = "" if loaded is None else f", with {loaded:,} keys"
+        return f"Redis was restarted or replaced {since}{brought}"
 
     async def _judge_size(self, parts: Sequence[Part]) -> list[Refusal]:
         sizes = await self._source.dbsize()
@@ -219,7 +240,7 @@ class Pipeline(Attempt):
         part.diff.deleted.rows -= spared
 
     async def _conclude(
-        self, session: Session, parts: Sequence[Part], close: Callable[[], None]
+        self, session: Session, parts: Sequence[Part], met: Met, close: Callable[[], None]
     ) -> None:
         """Record the outcome; of an apply run with its rejects and what the guard must remember,
         all in one transaction. Raises RunFailed if what was applied is no success."""
@@ -231,12 +252,14 @@ class Pipeline(Attempt):
         if self.recorded:
             async with session.transaction():
                 if self._writes:
-                    await self._remember(session, parts, success=not problem)
+                    await self._remember(session, parts, met, success=not problem)
                 await self._records.save(connection, run)
         if problem:
             raise RunFailed(problem)
 
-    async def _remember(self, session: Session, parts: Sequence[Part], *, success: bool) -> None:
+    async def _remember(
+        self, session: Session, parts: Sequence[Part], met: Met, *, success: bool
+    ) -> None:
         run, connection = self._run, session.connection
         names = [part.mapping.name for part in parts]
         at = await session.clock()
@@ -246,7 +269,7 @@ class Pipeline(Attempt):
         await self._records.forget_old(connection, run.id)
         if success and (run.full or self._request.accept_loss):
             baselines = {part.mapping.name: part.baseline for part in parts}
-            await self._records.save_baselines(connection, baselines)
+            await self._records.save_baselines(connection, baselines, met)
         if success and configured is not None:
             await self._records.lift_refusals_but(connection, configured)
 

@@ -111,7 +111,7 @@ class Prune(Backward):
         self._on_progress(progress)
         progress.total = await part.rows.put_aside()
         async with (
-            self._source.writing(part.reading, identity=self._identity) as writing,
+            self._source.writing(part.reading, identity=self.identity) as writing,
             aclosing(part.rows.pages()) as pages,
         ):
             async for page in pages:

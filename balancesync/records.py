@@ -8,7 +8,7 @@ from typing import Any, Final
 from uuid import UUID
 
 from balancesync.database import NO_LIMIT, Connection, Database, load_sql, lock_key
-from balancesync.model import Baseline, Counts, Job, Known, Run
+from balancesync.model import Baseline, Counts, Job, Known, Met, Run
 
 # An advisory lock of 64 bits shows in pg_locks as two halves:
 # https://www.postgresql.org/docs/current/view-pg-locks.html
@@ -26,11 +26,20 @@ _OTHER_REDIS: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Remembered:
-    """What the guard remembers of a mapping; `baseline` is None before a first success."""
+    """What the guard remembers of a mapping; `baseline` is None before a first success.
 
-    baseline: Baseline | None
-    refusal: str | None
-    refused_at: datetime | None
+    `met` is the Redis whose keys it knows, None if an older program wrote it down.
+    """
+
+    baseline: Baseline | None = None
+    refusal: str | None = None
+    refused_at: datetime | None = None
+    met: Met | None = None
+
+    @property
+    def known(self) -> int:
+        """The keys that can be lost."""
+        return self.baseline.present - self.baseline.pruned if self.baseline else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,15 +247,19 @@ class Records:
         for row in await connection.fetch(self._sql["baselines"]):
             known = row["present"] is not None
             baseline = Baseline(row["present"], row["absent"], row["pruned"]) if known else None
-            found[row["mapping"]] = Remembered(baseline, row["refusal"], row["refused_at"])
+            flushes = row["redis_flushes"]
+            met = None if flushes is None else Met(row["redis_run_id"], flushes)
+            found[row["mapping"]] = Remembered(baseline, row["refusal"], row["refused_at"], met)
         return found
 
     async def save_baselines(
-        self, connection: Connection, baselines: Mapping[str, Baseline]
+        self, connection: Connection, baselines: Mapping[str, Baseline], met: Met
     ) -> None:
         """Remember a success; a refusal of these mappings is lifted."""
+        sql = self._sql["save_baseline"]
         for mapping, seen in baselines.items():
-            await connection.execute(self._sql["save_baseline"], mapping, seen.present, seen.absent)
+            known = (seen.present, seen.absent, met.run_id, met.flushes)
+            await connection.execute(sql, mapping, *known)
             await connection.execute(self._sql["forget_pruned"], mapping, timeout=NO_LIMIT)
 
     async def save_refusal(self, connection: Connection, mapping: str, reason: str) -> None:
@@ -260,10 +273,22 @@ class Records:
         texts = [text for key in keys for text in key]
         await connection.execute(self._sql["record_pruned"], mapping, run, texts, len(keys[0]))
 
+    async def pruned(
+        self, connection: Connection, mapping: str, keys: Sequence[tuple[str, ...]]
+    ) -> list[tuple[str, ...]]:
+        """Those of the keys that are written down as pruned."""
+        if not keys:
+            return []
+        texts = [text for key in keys for text in key]
+        rows = await connection.fetch(self._sql["pruned"], mapping, texts, len(keys[0]))
+        return [tuple(row["key"]) for row in rows]
+
     async def withdraw_pruned(
         self, connection: Connection, mapping: str, keys: Sequence[tuple[str, ...]]
     ) -> None:
-        """Strike out keys that are still there."""
+        """Strike out keys that are there."""
+        if not keys:
+            return
         texts = [text for key in keys for text in key]
         await connection.execute(self._sql["withdraw_pruned"], mapping, texts, len(keys[0]))
 
@@ -275,9 +300,12 @@ class Records:
         """Lift those of all others, which are configured no more: nobody else ever would."""
         await connection.execute(self._sql["lift_refusals_but"], list(mappings))
 
-    async def remember_restored(self, connection: Connection, mapping: str, keys: int) -> None:
+    async def remember_restored(
+        self, connection: Connection, mapping: str, keys: int, met: Met
+    ) -> None:
         """Remember that so many `keys` are in Redis again: the guard is to miss them."""
-        await connection.execute(self._sql["remember_restored"], mapping, keys)
+        sql = self._sql["remember_restored"]
+        await connection.execute(sql, mapping, keys, met.run_id, met.flushes)
         await connection.execute(self._sql["forget_pruned"], mapping, timeout=NO_LIMIT)
 
     async def forget_old(self, connection: Connection, keep: UUID | None) -> None:

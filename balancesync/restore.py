@@ -18,6 +18,7 @@ from balancesync.errors import SourceChanged
 from balancesync.history import History
 from balancesync.model import RawValue, exceeds
 from balancesync.part import Progress
+from balancesync.records import Remembered
 from balancesync.rendering import Value
 from balancesync.rows import Selection, restorable
 from balancesync.session import Session
@@ -72,7 +73,7 @@ class Restore(Backward):
             self._warn(f'mapping "{part.mapping.name}": the table has no row to restore')
         under_way: tuple[Wanted, Sent] | None = None
         async with (
-            self._source.writing(part.reading, identity=self._identity) as writing,
+            self._source.writing(part.reading, identity=self.identity) as writing,
             aclosing(part.rows.pages()) as pages,
         ):
             async for page in pages:
@@ -166,17 +167,20 @@ class Restore(Backward):
         counts.unchanged -= inserted + updated
         self._run.mappings[name] = counts
 
-    async def _judge(self, parts: Sequence[Part]) -> str:
-        kept = self._kept(parts)
+    async def _judge(self, session: Session, parts: Sequence[Part]) -> str:
+        known = await self._records.remembered(session.connection) if self.recorded else {}
+        kept = self._kept(parts, refused=any(each.refusal for each in known.values()))
         if not self._writes:
             if kept:
                 self._warn(kept)
             return ""
-        await self._check_size(parts)
+        await self._check_whole(parts)
         return kept
 
-    async def _check_size(self, parts: Sequence[Part]) -> None:
+    async def _check_whole(self, parts: Sequence[Part]) -> None:
         """Raise SourceChanged if what was put into Redis has gone meanwhile, as by FLUSHALL."""
+        if (await self._source.identity()).met != self.identity.met:
+            raise SourceChanged("Redis was emptied by FLUSHALL or FLUSHDB, or restarted, meanwhile")
         counts = [part.counts for part in parts if not part.reading.member_key]
         put = sum(each.inserted + each.updated + each.unchanged + each.kept for each in counts)
         there = sum((await self._source.dbsize()).values()) if put else 0
@@ -186,14 +190,25 @@ class Restore(Backward):
             )
 
     async def _remember(self, session: Session, parts: Sequence[Part]) -> None:
-        names = [part.mapping.name for part in parts]
-        await self._records.lift_refusals(session.connection, names)
+        connection, whole = session.connection, []
+        known = await self._records.remembered(connection)
         for part in parts:
-            counts = part.counts
+            name, counts = part.mapping.name, part.counts
             put = counts.inserted + counts.updated + counts.unchanged
-            await self._records.remember_restored(session.connection, part.mapping.name, put)
+            before = known.get(name, Remembered())
+            # As they were at some moment, they may be but some of those that are known.
+            if self._request.as_of is None or before.baseline is None or put >= before.known:
+                whole.append(name)
+                await self._records.remember_restored(connection, name, put, self.identity.met)
+            elif before.refusal is not None:
+                self._warn(
+                    f'mapping "{name}": {put:,} of {before.known:,} known keys are back, so the'
+                    " refusal stands; restore the others without --as-of, or run `balancesync sync"
+                    " --accept-loss`"
+                )
+        await self._records.lift_refusals(connection, whole)
 
-    def _kept(self, parts: Sequence[Part]) -> str:
+    def _kept(self, parts: Sequence[Part], *, refused: bool) -> str:
         """What is to be said of records that were left as they are, if any."""
         kept = [part for part in parts if part.counts.kept]
         if not kept:
@@ -207,9 +222,11 @@ class Restore(Backward):
         if self._request.overwrite:
             return f"{told}. They hold another type, or a field where the row has NULL"
         look = "See them with `balancesync restore --dry-run`; if" if self._writes else "If"
+        # While a refusal stands, that alone takes Redis as it is.
+        accept = " --accept-loss" if refused else ""
         return (
             f"{told}. {look} PostgreSQL is right, restore with --overwrite, if Redis is,"
-            " `balancesync sync`"
+            f" `balancesync sync{accept}`"
         )
 
     def _left(self, number: int) -> str:

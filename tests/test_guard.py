@@ -255,11 +255,122 @@ async def test_the_same_keys_coming_back_heal_a_refusal(
 ) -> None:
     await redis.flushall()
     await refused(ten)
+    # As long as one is missing or another than it was, somebody may have made them anew.
+    await fill(redis, range(9))
+    assert "1 of 10 known keys are gone, and the refusal stands" in await refused(ten)
+    await fill(redis, [9], "90.00")
+    assert "1 of 10 known keys came back changed, and the refusal stands" in await refused(ten)
     await fill(redis, range(10))
-    await fill(redis, [3], "90.00")
-    run = await ten.good()
-    assert run.counts.updated == 1
+    assert (await ten.good()).counts.unchanged == 10
     assert await standing(pg) == {}
+
+
+# --- emptied, and made anew before anybody looked -------------------------------------------------
+
+
+async def test_keys_made_anew_after_a_flush_are_refused(
+    ten: Engine, redis: Redis, pg: asyncpg.Connection
+) -> None:
+    await redis.flushall()
+    await fill(redis, range(10), "0")
+    line = await refused(ten)
+    assert "Redis was emptied by FLUSHALL or FLUSHDB since the last success: 10 of 10" in line
+    assert await table(pg) == dict.fromkeys(range(10), Decimal(100))
+    # It's a refusal as any other: what is equal by chance heals nothing.
+    await fill(redis, range(9), "100.00")
+    await refused(ten)
+
+
+async def test_a_flush_of_another_database_costs_nothing(ten: Engine, redis_url: str) -> None:
+    async with Redis.from_url(redis_url.replace("/0", "/1")) as other:
+        await other.set("cache", "x")
+        await other.flushdb()
+    async with Redis.from_url(redis_url) as client:
+        await fill(client, range(4), "7.00")
+        assert (await ten.good()).counts.updated == 4
+        # With that success it's over.
+        await fill(client, range(10), "8.00")
+        assert (await ten.good()).counts.updated == 10
+
+
+async def test_a_redis_that_came_back_without_its_keys_is_refused(
+    private_redis: Callable[..., RedisServer], postgres_dsn: str, pg: asyncpg.Connection
+) -> None:
+    server = private_redis()
+    engine = Engine(make_config(postgres_dsn, server.url))
+    async with Redis.from_url(server.url) as client:
+        await fill(client, range(10))
+        await engine.good()
+    server.kill()
+    server.start()
+    async with Redis.from_url(server.url) as client:
+        await fill(client, range(10), "0")
+        line = await refused(engine)
+        assert "was restarted or replaced since the last success, with 0 keys: 10 of 10" in line
+        assert await table(pg) == dict.fromkeys(range(10), Decimal(100))
+        assert (await engine.good(accept_loss=True)).counts.updated == 10
+        await fill(client, range(10), "1")
+        await engine.good()
+    await engine.close()
+
+
+async def test_a_redis_that_came_back_with_its_keys_is_followed(
+    private_redis: Callable[..., RedisServer], postgres_dsn: str
+) -> None:
+    server = private_redis()
+    engine = Engine(make_config(postgres_dsn, server.url))
+    async with Redis.from_url(server.url) as client:
+        await fill(client, range(10))
+        await client.save()
+        await engine.good()
+    server.kill()
+    server.start()
+    async with Redis.from_url(server.url) as client:
+        await fill(client, range(10), "7.00")
+        run = await engine.good()
+    assert run.counts.updated == 10
+    assert any("may have gone back in time" in each for each in run.warnings)
+    await engine.close()
+
+
+async def test_zeros_that_were_zero_before_do_not_heal_a_refusal(
+    engine: Make, redis: Redis, pg: asyncpg.Connection
+) -> None:
+    made = engine()
+    await fill(redis, range(60), "0")
+    await fill(redis, range(60, 100))
+    await made.good()
+    await redis.flushall()
+    await refused(made)
+    await fill(redis, range(100), "0")
+    assert "40 of 100 known keys came back changed" in await refused(made)
+    assert sum((await table(pg)).values()) == 4000
+
+
+# --- fewer keys, and fewer rows with them ---------------------------------------------------------
+
+
+async def test_rows_that_go_with_their_keys_hide_no_loss(
+    ten: Engine, redis: Redis, pg: asyncpg.Connection
+) -> None:
+    await drop(redis, range(9))
+    await pg.execute("DELETE FROM balances WHERE user_id < 8")
+    assert "9 of 10 known keys are gone" in await refused(ten)
+
+
+async def test_keys_without_a_row_are_lost_like_others(
+    engine: Make, redis: Redis, pg: asyncpg.Connection
+) -> None:
+    await pg.execute(USERS)
+    await pg.execute("INSERT INTO users SELECT n FROM generate_series(0, 9) AS n")
+    made = engine({"table": "users", "mode": "update"})
+    await fill(redis, range(30))
+    assert (await made.good()).counts.not_found == 20
+    await drop(redis, range(2, 30))
+    assert "28 of 30 known keys are gone" in await refused(made)
+
+
+# --- whose baseline ------------------------------------------------------------------------------
 
 
 async def test_a_run_of_one_mapping_does_not_move_the_baseline(
@@ -447,12 +558,16 @@ async def test_the_guard_counts_what_would_be_deleted(
     await drop(redis, range(6))
     await refused(deleting)
     assert len(await table(pg)) == 10
-    await fill(redis, range(2, 6))
+    await fill(redis, range(6))
+    await deleting.good()
+    await drop(redis, range(2))
     assert (await deleting.good()).counts.deleted == 2
     # What was deleted isn't absent any more: 5 of 8 would be too many, 4 of 8 are not.
     await drop(redis, range(2, 7))
     assert "5 of 8" in await refused(deleting)
-    await fill(redis, [6])
+    await fill(redis, range(2, 7))
+    await deleting.good()
+    await drop(redis, range(2, 6))
     assert (await deleting.good()).counts.deleted == 4
     assert sorted(await table(pg)) == [6, 7, 8, 9]
 
@@ -472,11 +587,19 @@ def judge(
     baseline: Baseline | None,
     *,
     standing: bool = False,
+    suspicion: str | None = None,
     max_loss: float = 0.5,
     max_change: float = 1.0,
 ) -> Refusal | None:
-    limits = {"max_loss": max_loss, "max_change": max_change}
-    return guard("m", seen, baseline, standing=standing, **limits).refusal
+    return guard(
+        "m",
+        seen,
+        baseline,
+        standing=standing,
+        suspicion=suspicion,
+        max_loss=max_loss,
+        max_change=max_change,
+    ).refusal
 
 
 def looks(present: int, absent: int, changed: int = 0) -> Observed:
@@ -516,9 +639,10 @@ def test_no_key_at_all_is_refused_whatever_the_limit(known: int, absent: int, pe
 def test_a_standing_refusal_never_makes_the_guard_milder(
     seen: Observed, baseline: Baseline, loss: int, change: int
 ) -> None:
-    limits = {"max_loss": loss / 100, "max_change": change / 100}
-    if judge(seen, baseline, standing=False, **limits) is not None:
-        assert judge(seen, baseline, standing=True, **limits) is not None
+    for suspicion in (None, "Redis was emptied"):
+        limits: Any = {"max_loss": loss / 100, "max_change": change / 100, "suspicion": suspicion}
+        if judge(seen, baseline, standing=False, **limits) is not None:
+            assert judge(seen, baseline, standing=True, **limits) is not None
 
 
 @given(baselines, counts, counts, percents)

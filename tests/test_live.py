@@ -168,6 +168,10 @@ async def test_a_flushall_is_looked_at_before_the_application_can_start_again(
     start: Start, redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     daemon = await start(live={"rescan_interval": 3600})
+    # After a first gap the next one would wait for as long.
+    await kill_tracking(redis)
+    await daemon.log.next("live", state="catching up", reason="waiting for a full run")
+    await daemon.log.next("live", state="up")
     # From the next probe on it takes its time.
     for name in ("_CALM_S", "_TROUBLED_S"):
         monkeypatch.setattr(probing, name, 3600)
@@ -178,6 +182,39 @@ async def test_a_flushall_is_looked_at_before_the_application_can_start_again(
     await redis.flushall()
     run = await daemon.finished(status="refused")
     assert run["trigger"] == "recovery"
+
+
+@pytest.mark.parametrize("left", [0, 12], ids=["all", "more than half"])
+async def test_keys_made_anew_at_once_after_a_flushall_are_refused(
+    start: Start, redis: Redis, pg: asyncpg.Connection, left: int
+) -> None:
+    # The run at the start is none that a gap has asked for, so this one's needn't wait.
+    daemon = await start(live={"rescan_interval": 3600})
+    again = [f"balance:{number}" for number in range(left or KEYS)]
+    async with redis.pipeline(transaction=True) as flushed:
+        flushed.flushall()
+        flushed.mset(dict.fromkeys(again, "0"))
+        await flushed.execute()
+    run = await daemon.finished(status="refused")
+    assert "emptied by FLUSHALL or FLUSHDB" in run["error"]
+    await daemon.log.next("live", reason=lambda text: "refusal stands" in (text or ""))
+    assert set((await rows(pg)).values()) == {Decimal("1.50")}
+
+
+async def test_a_redis_that_came_back_empty_is_never_followed(
+    start: Start, private_redis: Callable[..., RedisServer], pg: asyncpg.Connection
+) -> None:
+    server = private_redis()
+    async with Redis.from_url(server.url) as client:
+        await client.mset({f"balance:{number}": "1.50" for number in range(KEYS)})
+    daemon = await start(live={"rescan_interval": 3600}, redis={"url": server.url})
+    server.kill()
+    server.start()
+    async with Redis.from_url(server.url) as client:
+        await client.mset({f"balance:{number}": "0" for number in range(KEYS)})
+    run = await daemon.finished(status="refused")
+    assert f"with 0 keys: {KEYS} of {KEYS} known keys came back changed" in run["error"]
+    assert set((await rows(pg)).values()) == {Decimal("1.50")}
 
 
 async def test_what_a_flushall_took_is_never_taken_for_deleted(
@@ -219,12 +256,16 @@ async def test_full_runs_are_asked_for_no_more_often_than_allowed_and_any_will_d
     start: Start, redis: Redis, pg: asyncpg.Connection
 ) -> None:
     daemon = await start(live={"rescan_interval": 3600})
+    # The run that it began with is none that a gap has asked for.
+    await kill_tracking(redis)
+    await daemon.log.next("live", state="catching up", reason="waiting for a full run")
+    await daemon.log.next("live", state="up")
     await kill_tracking(redis)
     await daemon.log.next("live", state="catching up", reason="waiting for a full run")
     # Of this it's told, but isn't to write it: what came before it may be missing.
     await redis.set("balance:1", "2")
     await daemon.api.until_sample("live_pending_keys", lambda keys: keys == 1)
-    assert len(daemon.log.all("run_started")) == 1
+    assert len(daemon.log.all("run_started")) == 2
     assert (await rows(pg))[1] == Decimal("1.50")
     # A dry run proves nothing.
     await daemon.api.sync(dry_run="true")
@@ -284,8 +325,43 @@ async def test_absences_add_up_against_the_guard(
         reason=lambda text: "6 of 20 known keys are gone since the last full run" in text,
     )
     assert set(await rows(pg)) >= set(range(5, KEYS))
-    # The full run sees fewer rows than there were keys, and judges by what is left.
+    # The full run judges by the keys that the last one knew, also where their rows are gone.
+    run = await daemon.finished(status="refused")
+    assert "6 of 20 known keys are gone" in run["error"]
+    await daemon.api.sync(accept_loss="true")
     await daemon.log.next("live", state="up")
+
+
+async def test_fields_of_a_big_hash_add_up_against_the_guard(
+    start: Start, redis: Redis, pg: asyncpg.Connection
+) -> None:
+    await redis.hset("all", mapping={str(number): "1.50" for number in range(KEYS)})
+    daemon = await start({"key": "all", "member": "{user_id}", "type": "hash", **OWN})
+    await redis.hdel("all", *map(str, range(10)))
+    await until(lambda: pg.fetchval("SELECT count(*) FROM balances"), KEYS - 10)
+    await redis.hdel("all", "10")
+    run = await daemon.finished(status="refused")
+    assert f"11 of {KEYS} known keys are gone" in run["error"]
+    assert len(await rows(pg)) == KEYS - 10
+
+
+async def test_what_was_pruned_and_read_back_can_be_lost(
+    start: Start, redis: Redis, engine: Callable[..., Engine], pg: asyncpg.Connection
+) -> None:
+    daemon = await start(live={"rescan_interval": 3600})
+    await pg.execute("UPDATE balances SET synced_at = '2026-01-01' WHERE user_id < 8")
+    made = engine(prune={"enabled": True})
+    assert (await made.sync(job="prune", idle_s=3600.0)).counts.deleted == 8
+    pruned = "SELECT pruned FROM balancesync.baselines"
+    assert await pg.fetchval(pruned) == 8
+    await redis.mset({f"balance:{number}": "1.50" for number in range(8)})
+    await until(lambda: pg.fetchval(pruned), 0)
+    await redis.delete(*[f"balance:{number}" for number in range(11)])
+    await daemon.log.next(
+        "live",
+        state="catching up",
+        reason=lambda text: f"11 of {KEYS} known keys are gone" in text,
+    )
 
 
 async def test_keys_that_no_full_run_knew_are_missed_by_one(

@@ -397,7 +397,9 @@ async def test_as_of_brings_back_what_was(
     assert await redis.mget("balance:1", "balance:2") == [b"1", b"2.5"]
     # Nobody knows any more that 3 had no key: the table had a row for it, which held nothing.
     assert await redis.get("balance:3") == (None if mode == "upsert" else b"0")
-    assert (await made.good()).counts.updated == (1 if mode == "upsert" else 2)
+    # Not all that the last success knew is back.
+    run = await made.good(accept_loss=mode == "upsert")
+    assert run.counts.updated == (1 if mode == "upsert" else 2)
 
 
 async def test_as_of_a_time_that_nobody_knows_is_an_error(engine: Make, redis: Redis) -> None:
@@ -494,7 +496,23 @@ async def test_redis_that_stays_away_ends_with_75(accounts: RedisServer, postgre
     await made.close()
 
 
-async def test_a_redis_emptied_half_way_is_noticed(
+@pytest.mark.parametrize("far", [100, 2_900])
+async def test_a_redis_emptied_on_the_way_is_noticed(
+    engine: Make, redis: Redis, redis_url: str, far: int
+) -> None:
+    await fill(redis, range(3_000))
+    made = engine(redis={"max_keys_per_second": 100_000})
+    await made.good()
+    await redis.flushall()
+    client = BlockingRedis.from_url(redis_url)
+    after(made, far, client.flushall)
+    run = await made.sync(job="restore")
+    assert isinstance(made.failure, SourceChanged)
+    assert "was emptied by FLUSHALL or FLUSHDB" in str(run.error)
+    client.close()
+
+
+async def test_keys_deleted_on_the_way_are_noticed(
     engine: Make, redis: Redis, redis_url: str
 ) -> None:
     await fill(redis, range(3_000))
@@ -502,11 +520,37 @@ async def test_a_redis_emptied_half_way_is_noticed(
     await made.good()
     await redis.flushall()
     client = BlockingRedis.from_url(redis_url)
-    after(made, 2_900, client.flushall)
+    after(made, 2_900, lambda: client.delete(*client.keys()))
     run = await made.sync(job="restore")
     assert isinstance(made.failure, SourceChanged)
     assert "3,000 were restored" in str(run.error)
     client.close()
+
+
+async def test_a_part_of_what_is_known_lifts_no_refusal(
+    engine: Make, redis: Redis, pg: asyncpg.Connection
+) -> None:
+    made = engine(history={"enabled": True})
+    await fill(redis, range(5))
+    await made.good()
+    moment = await pg.fetchval("SELECT clock_timestamp()")
+    await fill(redis, range(100))
+    await made.good()
+    await redis.flushall()
+    assert (await made.sync()).status == "refused"
+    run = await restored(made, as_of=moment)
+    [warning] = run.warnings
+    assert "5 of 100 known keys are back, so the refusal stands" in warning
+    # An application that starts the others from zero isn't followed.
+    await redis.mset({f"balance:{number}": "0" for number in range(5, 100)})
+    assert (await made.sync()).status == "refused"
+    # Those that came back changed are left, and the way on is named.
+    run = await made.sync(job="restore")
+    assert (run.status, run.counts.kept) == ("failed", 95)
+    assert str(run.error).endswith("if Redis is, `balancesync sync --accept-loss`")
+    assert (await made.sync()).status == "refused"
+    await restored(made, overwrite=True)
+    assert (await made.good()).counts.unchanged == 100
 
 
 async def test_what_an_application_writes_meanwhile_stays(

@@ -114,11 +114,14 @@ DELETE FROM {schema}.rejects WHERE (mapping, key_hash) IN (
     WHERE healed_at < now() - make_interval(days => $1) LIMIT 10000);
 
 -- name: baselines
-SELECT mapping, present, absent, pruned, refusal, refused_at FROM {schema}.baselines;
+SELECT mapping, present, absent, pruned, refusal, refused_at, redis_run_id, redis_flushes
+FROM {schema}.baselines;
 
 -- name: save_baseline
-INSERT INTO {schema}.baselines AS b (mapping, present, absent) VALUES ($1, $2, $3)
+INSERT INTO {schema}.baselines AS b (mapping, present, absent, redis_run_id, redis_flushes)
+VALUES ($1, $2, $3, $4, $5)
 ON CONFLICT (mapping) DO UPDATE SET present = EXCLUDED.present, absent = EXCLUDED.absent,
+    redis_run_id = EXCLUDED.redis_run_id, redis_flushes = EXCLUDED.redis_flushes,
     pruned = 0, refusal = NULL, refused_at = NULL;
 
 -- name: save_refusal
@@ -137,7 +140,8 @@ WHERE mapping <> ALL($1::text[]) AND refusal IS NOT NULL;
 -- name: remember_restored
 -- Keys that were absent at the last success are known from now on, too.
 UPDATE {schema}.baselines SET present = greatest(present, $2),
-    absent = greatest(absent - greatest($2 - present, 0), 0), pruned = 0
+    absent = greatest(absent - greatest($2 - present, 0), 0), pruned = 0,
+    redis_run_id = $3, redis_flushes = $4
 WHERE mapping = $1 AND present IS NOT NULL;
 
 -- name: forget_pruned
@@ -153,6 +157,11 @@ WITH added AS (
     RETURNING 1
 )
 UPDATE {schema}.baselines SET pruned = pruned + (SELECT count(*) FROM added) WHERE mapping = $1;
+
+-- name: pruned
+SELECT key FROM {schema}.pruned WHERE mapping = $1 AND key IN (
+    SELECT ($2::text[])[(n - 1) * $3 + 1 : n * $3]
+    FROM generate_series(1, cardinality($2::text[]) / $3::int) AS n);
 
 -- name: withdraw_pruned
 WITH gone AS (

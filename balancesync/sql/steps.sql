@@ -95,3 +95,8 @@ CREATE TABLE {schema}.pruned (
     run_id uuid NOT NULL,
     PRIMARY KEY (mapping, key)
 );
+
+-- name: step_3
+-- Which Redis it was, and how often it had been emptied by FLUSHALL or FLUSHDB since its start.
+ALTER TABLE {schema}.baselines ADD COLUMN redis_run_id text;
+ALTER TABLE {schema}.baselines ADD COLUMN redis_flushes bigint;
