@@ -4,7 +4,6 @@ Dry run and verify are the same attempt stopped after diff.
 """
 
 from collections.abc import Callable, Sequence
-from collections.abc import Mapping as Dictionary
 from dataclasses import replace
 from datetime import datetime
 from typing import Final
@@ -141,10 +140,17 @@ class Pipeline(Attempt):
         """Ask the guard about every mapping; raises Refused unless losses are accepted."""
         known = await self._records.remembered(session.connection) if self.recorded else {}
         # Asked again: it may have been emptied during the run.
-        suspicion = self._suspicion(await self._source.identity(), known)
+        redis = await self._source.identity()
+        # All fields of a big hash are one key.
+        keys = sum(
+            min(known[config.name].known, 1) if config.member else known[config.name].known
+            for config in self._config.mapping
+            if config.name in known
+        )
         refusals = []
         for part in parts:
             remembered = known.get(part.mapping.name, Remembered())
+            suspicion = self._suspicion(remembered.met, redis, keys)
             judged = await part.judge(remembered, self._config.guard, suspicion)
             if judged.refusal:
                 refusals.append(judged.refusal)
@@ -171,26 +177,28 @@ class Pipeline(Attempt):
                     )
             raise Refused(
                 "; ".join(sentences) + ". Nothing was written: bring the keys back, as by"
-                " `balancesync restore`, or run `balancesync sync --accept-loss` if this is as it"
-                " should be"
+                " `balancesync restore` (--overwrite for those that came back changed), or run"
+                " `balancesync sync --accept-loss` if this is as it should be"
             )
 
-    def _suspicion(self, identity: Identity, known: Dictionary[str, Remembered]) -> str | None:
-        """Why Redis may have been empty at some time since the guard last knew its keys, if so."""
-        now, since = identity.met, "since the last success"
-        met = {each.met for each in known.values() if each.met}
-        # Back at none, they were forgotten by CONFIG RESETSTAT.
-        if any(now.run_id == each.run_id and now.flushes not in (0, each.flushes) for each in met):
-            return f"Redis was emptied by FLUSHALL or FLUSHDB {since}"
-        if all(now.run_id == each.run_id for each in met):
+    def _suspicion(self, met: Met | None, now: Identity, known: int) -> str | None:
+        """Why the Redis that was `met` may have been empty since then; None if it wasn't.
+
+        `known` are the keys that it would have to come with if it was restarted.
+        """
+        since = "since the last success"
+        if met is None:
             return None
-        limit, loaded = self._config.guard.max_loss, identity.loaded
-        fields = {config.name for config in self._config.mapping if config.member}
-        keys = sum(each.known for name, each in known.items() if name not in fields)
-        if loaded is not None and not exceeds(keys - loaded, limit, keys):
-            return None
-        brought = "" if loaded is None else f", with {loaded:,} keys"
-        return f"Redis was restarted or replaced {since}{brought}"
+        if met.run_id == now.run_id:
+            # Back at none, they were forgotten by CONFIG RESETSTAT.
+            emptied = now.met.flushes not in (0, met.flushes)
+            return f"Redis was emptied by FLUSHALL or FLUSHDB {since}" if emptied else None
+        loaded = now.loaded
+        if loaded is None:
+            return f"Redis was restarted or replaced {since}"
+        if exceeds(known - loaded, self._config.guard.max_loss, known):
+            return f"Redis was restarted or replaced {since}, with {loaded:,} keys"
+        return None
 
     async def _judge_size(self, parts: Sequence[Part]) -> list[Refusal]:
         sizes = await self._source.dbsize()

@@ -333,6 +333,35 @@ async def test_a_redis_that_came_back_with_its_keys_is_followed(
     await engine.close()
 
 
+async def test_a_big_hash_that_came_back_from_zero_is_refused(
+    private_redis: Callable[..., RedisServer], postgres_dsn: str
+) -> None:
+    server = private_redis()
+    mapping = {"key": "all", "member": "{user_id}", "type": "hash"}
+    engine = Engine(make_config(postgres_dsn, server.url, mapping))
+    async with Redis.from_url(server.url) as client:
+        await client.hset("all", mapping=dict.fromkeys(map(str, range(10)), "100.00"))
+        await engine.good()
+    server.kill()
+    server.start()
+    async with Redis.from_url(server.url) as client:
+        await client.hset("all", mapping=dict.fromkeys(map(str, range(10)), "0"))
+    assert "with 0 keys: 10 of 10 known keys came back changed" in await refused(engine)
+    await engine.close()
+
+
+async def test_what_another_mapping_knew_long_ago_is_no_suspicion(
+    engine: Make, redis: Redis, pg: asyncpg.Connection
+) -> None:
+    await fill(redis, range(10))
+    await engine({"name": "before"}).good()
+    await pg.execute("UPDATE balancesync.baselines SET redis_run_id = 'x', redis_flushes = 9")
+    now = engine()
+    await now.good()
+    await fill(redis, range(10), "7.00")
+    assert (await now.good()).counts.updated == 10
+
+
 async def test_zeros_that_were_zero_before_do_not_heal_a_refusal(
     engine: Make, redis: Redis, pg: asyncpg.Connection
 ) -> None:
