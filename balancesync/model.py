@@ -300,18 +300,18 @@ def guard(
 
     if baseline is not None and baseline.present > baseline.pruned:
         known = baseline.present - baseline.pruned
-        # Rows that have no key any more; and keys, for rows may go with theirs, or there's none. A
-        # row that others have added since has no key either: no more than is known can be lost.
-        gone = max(seen.absent - baseline.absent - baseline.pruned, known - seen.present, 0)
-        lost = min(gone, known)
+        # A row that others have added since has no key either: no more than is known can be lost.
+        rows = min(max(seen.absent - baseline.absent - baseline.pruned, 0), known)
+        # Rows may have gone with their keys, and some keys never had one.
+        lost = max(rows, known - seen.present)
         if not seen.present:
             return refuse("loss", f"Redis has no key at all, but {baseline.present:,} were known")
         made_anew = seen.changed if standing or suspicion else 0
-        limit = 0.0 if standing and max_loss < 1 else max_loss
-        if exceeds(lost + made_anew, limit, known):
+        if standing and max_loss < 1 and rows + made_anew:
+            found = _of_the_known(known, rows, made_anew)
+            return refuse("loss", f"{found}, and the refusal stands until none is")
+        if exceeds(lost + made_anew, max_loss, known):
             found = _of_the_known(known, lost, made_anew)
-            if standing:
-                return refuse("loss", f"{found}, and the refusal stands until none is")
             since = f"{suspicion}: " if suspicion else ""
             return refuse("loss", f"{since}{found}, more than guard.max_loss = {max_loss:g}")
     writes = seen.changed + seen.deletable

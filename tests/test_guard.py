@@ -333,6 +333,16 @@ async def test_a_redis_that_came_back_with_its_keys_is_followed(
     await engine.close()
 
 
+async def test_rejects_that_are_gone_hold_no_refusal_up(ten: Engine, redis: Redis) -> None:
+    await fill(redis, [20, 21], "garbage")
+    await ten.good()
+    await redis.flushall()
+    await refused(ten)
+    # No row was theirs.
+    await fill(redis, range(10))
+    assert (await ten.good()).counts.unchanged == 10
+
+
 async def test_a_big_hash_that_came_back_from_zero_is_refused(
     private_redis: Callable[..., RedisServer], postgres_dsn: str
 ) -> None:
