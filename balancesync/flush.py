@@ -13,11 +13,13 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Final
 
+import structlog
+
 from balancesync import table as tables
 from balancesync.apply import Applied, Applier
 from balancesync.config import Config
 from balancesync.database import Database, Steps
-from balancesync.errors import Gap
+from balancesync.errors import Gap, MappingFailed
 from balancesync.history import History
 from balancesync.keyed import KeyedWriter
 from balancesync.mapping import Mapping
@@ -33,6 +35,8 @@ from balancesync.values import Unfit
 
 _UNKNOWN: Final = Remembered()
 _WARNINGS: Final = 10
+
+log = structlog.get_logger("balancesync")
 
 
 @dataclass(slots=True)
@@ -165,8 +169,11 @@ class Flusher:
                 keyed.append(await self._read(writer, keys, tracking, opened.rejects))
                 await self._count_absent(session, keyed[-1], remembered)
                 self._judge(keyed[-1], remembered)
-            else:
+                continue
+            try:
                 counts[name] = await self._rescan(session, writer, tracking, opened, remembered)
+            except MappingFailed as error:
+                await self._pass_over(session, writer, opened.run, error)
         await tracking.settle()
         stamp = await self._stamp(session, opened.run)
         for read in keyed:
@@ -177,7 +184,7 @@ class Flusher:
             opened.run,
             stamp.at,
             {read.part.mapping.name: read.keys for read in keyed},
-            staged=any(count.rejected for count in counts.values()),
+            staged=len(counts) < len(changed) or any(each.rejected for each in counts.values()),
         )
         return counts
 
@@ -284,6 +291,20 @@ class Flusher:
             await self._records.merge_rejects(connection, opened.run, stamp.at, names, None)
         await session.plan_by_index()
         return counts
+
+    async def _pass_over(
+        self, session: Session, writer: Writer, run: Run, error: MappingFailed
+    ) -> None:
+        """Go on without one big hash that can't be read, and say so once in each recorded run.
+
+        Whoever makes it a hash again changes it, and so has it read again.
+        """
+        await writer.clear()
+        await session.plan_by_index()
+        warning = f'mapping "{writer.mapping.name}": {error}'
+        if warning not in run.warnings:
+            run.warnings.append(warning)
+            log.warning("a mapping can't be read", mapping=writer.mapping.name, error=str(error))
 
 
 def _texts(mapping: Mapping, keys: set[bytes]) -> list[tuple[str, ...]]:

@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Final, Literal, TypeAlias
 import hiredis
 
 from balancesync.connection import Connection, pack, pack_each
-from balancesync.errors import RunFailed
+from balancesync.errors import MappingFailed
 from balancesync.model import RawBatch, RawValue, WrongType
 
 LONGEST_VALUE: Final = 65_536
@@ -323,7 +323,7 @@ class Members(Values):
         if _is_wrong_type(reply):
             found = (await self.connection.call(b"TYPE", self.key)).decode("ascii", "replace")
             name = self.key.decode(errors="backslashreplace")
-            raise RunFailed(
+            raise MappingFailed(
                 f"the big hash {name} in Redis at {self.connection.address} holds a {found}"
             )
         return self.connection.check(reply, command)

@@ -231,7 +231,7 @@ class Source:
         Raises:
             SourceChanged: another server, role, connection, database or share of slots than at the
                 beginning, or the connection was lost. Also after the last batch.
-            RunFailed: `member_key` holds another type.
+            MappingFailed: `member_key` holds another type.
         """
         async with self._holders(reading, identity) as (_, primaries):
             connections = [primary.connection for primary in primaries.values()]

@@ -329,6 +329,8 @@ class Writer:
         """
         self._dead += await self._execute(self._sql["empty_staging"])
         self._dead += await self._execute(self._sql["empty_diff"])
+        # Where reading broke off, some of it waits to be sent.
+        self._pending, self._pending_bytes = [], 0
         self._staged = self._rejected = self._rejected_rows = 0
         if self._dead > VACUUM_ROWS:
             self._dead = 0

@@ -207,7 +207,7 @@ class Writing:
         return await self._send(keys, list(map(self._form.remove, keys, seen)))
 
     async def read(self, keys: list[bytes]) -> list[RawValue]:
-        """What the records hold; raises RunFailed if the big hash is none."""
+        """What the records hold; raises MappingFailed if the big hash is none."""
         found: list[RawValue] = [None] * len(keys)
         for address, places in self._layout.divide(keys, self._big).items():
             values = await self._values[address].read([keys[at] for at in places])

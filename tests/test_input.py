@@ -386,6 +386,29 @@ async def test_big_hash_of_members(
     assert await rows(pg) == [("1", "1.50"), ("2", "2.00")]
 
 
+async def test_big_hash_of_a_wrong_type_fails_its_mapping_alone(
+    engine: MakeEngine, redis: Redis, pg: asyncpg.Connection
+) -> None:
+    big = {"name": "big", "key": "big", "type": "hash", "member": "{user_id}", "table": "bigs"}
+    made = engine(big, {"name": "strings"})
+    await redis.hset("big", "1", "5")
+    await redis.set("balance:1", "1")
+    await made.good()
+    await redis.delete("big")
+    await redis.set("big", "oops")
+    await redis.set("balance:1", "2")
+    said = await made.failed(RunFailed)
+    assert said.startswith('mapping "big": the big hash big in Redis at ')
+    assert said.endswith(" holds a string")
+    assert await pg.fetchval("SELECT balance FROM balances") == 2
+    # No success: the guard judges by what it knew before.
+    assert await pg.fetchval("SELECT balance FROM bigs") == 5
+    await redis.delete("big")
+    await redis.hset("big", "1", "6")
+    await made.good()
+    assert await pg.fetchval("SELECT balance FROM bigs") == 6
+
+
 async def test_nothing_anywhere_is_a_success_with_a_warning(
     engine: MakeEngine, pg: asyncpg.Connection
 ) -> None:

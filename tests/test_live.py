@@ -13,7 +13,7 @@ from faults.ground import connected
 from redis.asyncio import Redis
 from running import Inside, daemon_config
 
-from balancesync import flushruns, leadership, live, probing, tracking
+from balancesync import flushruns, leadership, live, pending, probing, tracking
 from balancesync.database import lock_key
 from balancesync.embedded import PostgresServer, RedisServer
 from balancesync.model import Job, Request, Run
@@ -640,6 +640,28 @@ async def test_every_kind_of_mapping_follows(
     run = await daemon.finished(job="live")
     assert run["mappings"]["users"]["not_found"] == 2
     assert (run["mappings"]["members"]["deleted"], run["warnings"]) == (1, [])
+
+
+async def test_a_big_hash_of_a_wrong_type_holds_up_no_other_mapping(
+    start: Start, redis: Redis, pg: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pending, "_LEAST_PAUSE_S", 0.0)
+    await redis.hset("big", "1", "5")
+    big = {"name": "big", "key": "big", "type": "hash", "member": "{user_id}", "table": "bigs"}
+    daemon = await start(big, {"name": "strings"})
+    for balance in ("2", "3", "4"):
+        await redis.mset({"big": "oops", "balance:1": balance})
+        await until_balance(pg, 1, f"{balance}.00")
+    await redis.eval(
+        "redis.call('DEL', KEYS[1]) return redis.call('HSET', KEYS[1], '1', '6')", 1, "big"
+    )
+    await until(lambda: pg.fetchval("SELECT balance FROM bigs WHERE user_id = 1"), 6)
+    assert (await daemon.api.document("/status"))["live"] == "up"
+    await daemon.stop()
+    run = await daemon.finished(job="live")
+    [warning] = run["warnings"]
+    assert warning.startswith('mapping "big": the big hash big in Redis at ')
+    assert run["status"] == "succeeded"
 
 
 async def test_a_cluster_is_told_that_it_has_the_schedule_alone(start: Start) -> None:

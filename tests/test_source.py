@@ -25,9 +25,9 @@ from balancesync.embedded import RedisServer
 from balancesync.errors import (
     BalanceSyncError,
     ConfigError,
+    MappingFailed,
     RedisUnavailable,
     RightMissing,
-    RunFailed,
 )
 from balancesync.errors import SourceChanged as Changed
 from balancesync.model import RawBatch, RawValue, WrongType
@@ -225,11 +225,11 @@ async def test_the_fields_of_a_big_hash(source: Source, redis: Redis, count: int
 
 async def test_a_big_hash_of_another_type(source: Source, redis: Redis) -> None:
     await redis.rpush("big", "1")
-    with pytest.raises(RunFailed, match=r"the big hash big in Redis at .* holds a list"):
+    with pytest.raises(MappingFailed, match=r"the big hash big in Redis at .* holds a list"):
         await read(source, BIG)
-    with pytest.raises(RunFailed, match="holds a list"):
+    with pytest.raises(MappingFailed, match="holds a list"):
         await source.fetch(BIG, [b"1"])
-    with pytest.raises(RunFailed, match="holds a list"):
+    with pytest.raises(MappingFailed, match="holds a list"):
         await source.exists(BIG, [b"1"])
 
 
