@@ -131,6 +131,7 @@ class Applier:
         except asyncpg.PostgresError as error:
             if not _is_of_a_row(error):
                 raise
+            await self._writer.refuse_altered()
             await self._narrow(piece, error)
 
     def _put_off(self, piece: _Slice, error: asyncpg.PostgresError) -> None:

@@ -40,6 +40,7 @@ def statements(
         "changes": changes,
         "pruned": pruned,
         "target": table.sql_name,
+        **_slice_parts(config, table),
         **_key_parts(config, table),
         **_value_parts(config),
         **_comparisons(config),
@@ -47,6 +48,28 @@ def statements(
         **_texts(config),
     }
     return {name: block.format_map(parts) for name, block in _BLOCKS.items()}
+
+
+def _slice_parts(config: MappingConfig, table: Table) -> dict[str, str]:
+    """Which rows of the diff a statement is about: none if the table is another by now.
+
+    A statement casts what it writes to the columns' types as they are then, and would round to a
+    narrower one in silence. It looks at them when it has its lock on the table, so that they stay.
+    """
+    names = {*config.types, config.synced_at}
+    types = [
+        f"({quote_literal(column.name)}, {quote_literal(column.type)})"
+        for column in table.columns.values()
+        if column.name in names
+    ]
+    parts = {
+        "oid": str(table.oid),
+        "target_name": quote_literal(table.sql_name),
+        "types": ", ".join(types),
+        "count_types": str(len(types)),
+    }
+    is_same = _BLOCKS["is_same"].rstrip(";").format_map(parts)
+    return {**parts, "in_slice": f"n > $1 AND n <= $2 AND ({is_same})"}
 
 
 def _key_parts(config: MappingConfig, table: Table) -> dict[str, str]:

@@ -7,6 +7,7 @@ from typing import BinaryIO, Final, Literal, cast
 import asyncpg
 
 from balancesync.database import NO_LIMIT
+from balancesync.errors import Transient
 from balancesync.history import History
 from balancesync.mapping import Mapping
 from balancesync.model import Batch, Reject, Stamp
@@ -296,9 +297,15 @@ class Writer:
             await self._execute(self._sql["index_diff"])
 
     async def write(self, name: str, after: int, last: int, stamp: Stamp) -> int:
-        """Apply the slice after < n <= last by one statement and transaction; return the rows."""
+        """Apply the slice after < n <= last by one statement and transaction; return the rows.
+
+        Raises Transient if the table was altered: nothing is written to another one.
+        """
         timed = self.mapping.config.synced_at and name != "delete"
-        return await self._execute(self._sql[name], after, last, *([stamp.at] if timed else []))
+        rows = await self._execute(self._sql[name], after, last, *([stamp.at] if timed else []))
+        if not rows:
+            await self.refuse_altered()
+        return rows
 
     async def write_kept(
         self, name: str, after: int, last: int, stamp: Stamp, *more: object
@@ -306,7 +313,19 @@ class Writer:
         """Do the same with history; return the rows asked for and the rows written."""
         arguments = (after, last, stamp.at, stamp.run_id, self.mapping.name, *more)
         row = (await self._fetch(self._sql[f"{name}_kept"], *arguments))[0]
+        if not row["asked"]:
+            await self.refuse_altered()
         return row["asked"], row["done"]
+
+    async def refuse_altered(self) -> None:
+        """Raise Transient if the table isn't the one any more that was looked at."""
+        [[is_same]] = await self._fetch(self._sql["is_same"])
+        if not is_same:
+            config = self.mapping.config
+            raise Transient(
+                f'mapping "{config.name}": the table {config.table} was altered or replaced during'
+                " the run; the next attempt looks at it anew"
+            )
 
     async def mark_history(self, history: History, stamp: Stamp) -> None:
         """Say, before the first slice, whether this mapping's history goes on or has a gap."""

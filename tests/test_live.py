@@ -664,6 +664,24 @@ async def test_a_big_hash_of_a_wrong_type_holds_up_no_other_mapping(
     assert run["status"] == "succeeded"
 
 
+async def test_a_table_that_is_altered_is_written_no_more(
+    start: Start, redis: Redis, pg: asyncpg.Connection
+) -> None:
+    daemon = await start()
+    await redis.mset({"balance:1": "2.25", "balance:100": "1"})
+    await until_balance(pg, 100, "1.00")
+    await pg.execute("ALTER TABLE balances ALTER balance TYPE numeric(20,1)")
+    await redis.mset({"balance:1": "7.77", "balance:101": "8.88"})
+    told = await daemon.log.next("live", state="down")
+    assert "the table balances was altered or replaced" in told["reason"]
+    told = await daemon.log.next("live", state="down")
+    assert 'column "balance" is numeric(20,1), not numeric(20,2)' in told["reason"]
+    assert await pg.fetchval("SELECT count(*) FROM balances WHERE balance > 7") == 0
+    await pg.execute("ALTER TABLE balances ALTER balance TYPE numeric(20,2)")
+    await until_balance(pg, 1, "7.77")
+    await until_balance(pg, 101, "8.88")
+
+
 async def test_a_cluster_is_told_that_it_has_the_schedule_alone(start: Start) -> None:
     daemon = await start(redis={"cluster": True}, up=False)
     told = await daemon.log.next("live", state="down")

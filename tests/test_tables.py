@@ -1,5 +1,6 @@
 """Existing tables: those that fit are written, those that don't get one line with the way out."""
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
@@ -10,11 +11,12 @@ from uuid import uuid4
 
 import asyncpg
 import pytest
-from engine import USERS, Engine
+from engine import USERS, Engine, waiting
+from faults.ground import connected
 from pydantic import ValidationError
 from redis.asyncio import Redis
 
-from balancesync.errors import ConfigError, RightMissing, TargetMismatch
+from balancesync.errors import ConfigError, RightMissing, TargetMismatch, Transient
 
 MakeEngine = Callable[..., Engine]
 
@@ -640,6 +642,44 @@ def test_two_mappings_that_may_not_share_a_table(
 ) -> None:
     with pytest.raises(ValidationError, match="on one table"):
         engine(USERS, {**BONUS, **change})
+
+
+ALTERED = {
+    "narrowed": "ALTER TABLE balances ALTER balance TYPE numeric(20,1)",
+    "replaced": "ALTER TABLE balances RENAME TO b; CREATE TABLE balances (LIKE b INCLUDING ALL)",
+    "without its column": "ALTER TABLE balances DROP balance",
+}
+
+
+@pytest.mark.parametrize("history", [False, True], ids=["", "with history"])
+@pytest.mark.parametrize("change", ALTERED.values(), ids=ALTERED)
+async def test_nothing_is_written_to_a_table_that_was_altered_in_mid_run(
+    engine: MakeEngine,
+    redis: Redis,
+    pg: asyncpg.Connection,
+    change: str,
+    history: bool,
+) -> None:
+    made = engine(postgres={"apply_batch": 1}, history={"enabled": history})
+    await redis.mset({f"balance:{number}": "1.50" for number in range(3)})
+    await made.good()
+    await redis.mset({f"balance:{number}": "7.77" for number in range(3)})
+    async with connected(made.config.postgres.dsn.get_secret_value()) as other:
+        async with pg.transaction():
+            await pg.execute("SELECT FROM balances WHERE user_id = 0 FOR UPDATE")
+            running = asyncio.create_task(made.failed(Transient))
+            await waiting(pg, 1)
+            # It comes between the first slice and the second, which has its plan already.
+            altering = asyncio.create_task(other.execute(change))
+            await waiting(pg, 2)
+        await altering
+    line = await running
+    assert line.startswith('mapping "balances": the table balances was altered or replaced')
+    if change == ALTERED["narrowed"]:
+        found = await pg.fetch("SELECT balance::text FROM balances ORDER BY user_id")
+        # The first one was written before, and rounded by whoever altered the table.
+        assert [row[0] for row in found] == ["7.8", "1.5", "1.5"]
+        assert "numeric(20,1)" in await made.failed(TargetMismatch)
 
 
 async def test_two_names_of_one_table(

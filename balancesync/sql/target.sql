@@ -98,23 +98,31 @@ DELETE FROM {diff};
 -- name: vacuum
 VACUUM {staging}, {diff};
 
+-- What is applied: slices of the diff, each by one statement. {in_slice} is false for all rows where
+-- the table isn't the one that was inspected.
+
+-- name: is_same
+SELECT count(*) = {count_types} FROM pg_attribute AS a
+WHERE a.attrelid = {oid} AND a.attrelid = to_regclass({target_name})
+    AND (a.attname, format_type(a.atttypid, a.atttypmod)) IN ({types});
+
 -- name: insert
 INSERT INTO {target} ({columns}{comma_synced_at})
-SELECT {keys}, {values}{comma_now} FROM {diff} WHERE n > $1 AND n <= $2 AND op = 'i' ORDER BY n;
+SELECT {keys}, {values}{comma_now} FROM {diff} WHERE {in_slice} AND op = 'i' ORDER BY n;
 
 -- name: insert_on_conflict
 INSERT INTO {target} AS t ({columns}{comma_synced_at})
-SELECT {keys}, {values}{comma_now} FROM {diff} WHERE n > $1 AND n <= $2 AND op = 'i' ORDER BY n
+SELECT {keys}, {values}{comma_now} FROM {diff} WHERE {in_slice} AND op = 'i' ORDER BY n
 ON CONFLICT ({key_columns}) DO UPDATE SET {set_excluded} WHERE {excluded_differs};
 
 -- name: update
 UPDATE {target} AS t SET {set_values}
-FROM (SELECT * FROM {diff} WHERE n > $1 AND n <= $2 AND op = 'u' ORDER BY n) AS s
+FROM (SELECT * FROM {diff} WHERE {in_slice} AND op = 'u' ORDER BY n) AS s
 WHERE {same_key};
 
 -- name: delete
 DELETE FROM {target} AS t
-USING (SELECT * FROM {diff} WHERE n > $1 AND n <= $2 AND op = 'd' ORDER BY n) AS s
+USING (SELECT * FROM {diff} WHERE {in_slice} AND op = 'd' ORDER BY n) AS s
 WHERE {same_key} AND t.{synced_at} IS NOT NULL;
 
 -- The same with history: each statement writes its changes with what it changes, and tells how many
@@ -122,7 +130,7 @@ WHERE {same_key} AND t.{synced_at} IS NOT NULL;
 
 -- name: insert_kept
 WITH asked AS (
-    SELECT {keys}, {values} FROM {diff} WHERE n > $1 AND n <= $2 AND op = 'i' ORDER BY n
+    SELECT {keys}, {values} FROM {diff} WHERE {in_slice} AND op = 'i' ORDER BY n
 ), done AS (
     INSERT INTO {target} AS t ({columns}{comma_synced_at})
     SELECT {keys}, {values}{comma_now} FROM asked
@@ -134,7 +142,7 @@ SELECT (SELECT count(*) FROM asked) AS asked, (SELECT count(*) FROM done) AS don
 
 -- name: insert_missing_kept
 WITH asked AS (
-    SELECT {keys}, {values} FROM {diff} WHERE n > $1 AND n <= $2 AND op = 'i' ORDER BY n
+    SELECT {keys}, {values} FROM {diff} WHERE {in_slice} AND op = 'i' ORDER BY n
 ), done AS (
     INSERT INTO {target} AS t ({columns}{comma_synced_at})
     SELECT {keys}, {values}{comma_now} FROM asked
@@ -148,7 +156,7 @@ SELECT (SELECT count(*) FROM asked) AS asked, (SELECT count(*) FROM done) AS don
 -- name: update_kept
 -- Only rows that are still what the diff saw: then that is what they held.
 WITH asked AS (
-    SELECT * FROM {diff} WHERE n > $1 AND n <= $2 AND op = 'u' ORDER BY n
+    SELECT * FROM {diff} WHERE {in_slice} AND op = 'u' ORDER BY n
 ), done AS (
     UPDATE {target} AS t SET {set_values} FROM asked AS s WHERE {same_key} AND NOT ({t_differs_from_old})
     RETURNING {s_key_texts} AS key, {old_json} AS old, {t_json} AS new
@@ -162,7 +170,7 @@ SELECT (SELECT count(*) FROM asked) AS asked, (SELECT count(*) FROM done) AS don
 -- What others have changed or inserted since the diff was made: locked, and only then read.
 WITH asked AS (
     SELECT s.*, {t_json} AS held
-    FROM (SELECT * FROM {diff} WHERE n > $1 AND n <= $2 AND op = $6::"char" ORDER BY n) AS s
+    FROM (SELECT * FROM {diff} WHERE {in_slice} AND op = $6::"char" ORDER BY n) AS s
     JOIN {target} AS t ON {same_key}
     WHERE (s.op = 'u' OR {differs}) AND NOT EXISTS (
         SELECT FROM {changes} AS c WHERE c.mapping = $5 AND c.key = {s_key_texts} AND c.at = $3)
@@ -178,7 +186,7 @@ SELECT (SELECT count(*) FROM asked) AS asked, (SELECT count(*) FROM done) AS don
 
 -- name: delete_kept
 WITH asked AS (
-    SELECT * FROM {diff} WHERE n > $1 AND n <= $2 AND op = 'd' ORDER BY n
+    SELECT * FROM {diff} WHERE {in_slice} AND op = 'd' ORDER BY n
 ), done AS (
     DELETE FROM {target} AS t USING asked AS s WHERE {same_key} AND t.{synced_at} IS NOT NULL
     RETURNING {s_key_texts} AS key, {t_json} AS old
