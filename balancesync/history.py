@@ -3,9 +3,9 @@
 A row as of T is what the first change after T says it held before, or else the row as it is. That
 is the truth only while nothing has written rows without keeping its changes. So each mapping's
 history has a beginning, and begins anew when it was off for a run, when another table, key or set
-of value columns is mapped, or when a program that knows of no history has written; what was
-forgotten by its age moves it on. Before it, the answer is an error, never a guess. What others
-change in the table is in no history.
+of value columns is mapped, when a mapping of another name has written the same, or when a program
+that knows of no history has written; what was forgotten by its age moves it on. Before it, the
+answer is an error, never a guess. What others change in the table is in no history.
 
 All changes of one run or flush carry one time, when its reading ended, later than any before.
 """
@@ -30,6 +30,15 @@ _UNBROKEN: Final = """NOT EXISTS (
     SELECT FROM {schema}.runs AS r
     WHERE r.step IS NULL AND r.mode = 'apply' AND r.recorded_at >= h.since
         AND (r.mapping IS NULL OR r.mapping = h.mapping))"""
+# The histories h of other mappings whose rows or values this one writes: it had another name once,
+# or will have. $1 is the mapping, $2 its shape, $3 its table, $4 whether it makes and deletes rows.
+_OF_OTHERS: Final = """h.mapping <> $1 AND EXISTS (
+    SELECT FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
+    WHERE c.oid = $3::bigint AND c.relname = h.shape::jsonb -> 'table' ->> 1
+        AND coalesce(n.nspname = h.shape::jsonb -> 'table' ->> 0, pg_table_is_visible(c.oid))
+) AND ($4::boolean OR EXISTS (
+    SELECT FROM jsonb_array_elements(h.shape::jsonb -> 'values') AS theirs
+    JOIN jsonb_array_elements($2::text::jsonb -> 'values') AS ours ON ours -> 0 = theirs -> 0))"""
 _BLOCKS: Final = load_sql("changes")
 _OF_A_TABLE: Final = ("one_as_of", "all_as_of")
 _FORGET_AT_ONCE: Final = 10_000
@@ -65,7 +74,7 @@ class History:
         self._schema = database.schema
         unbroken = _UNBROKEN.format(schema=database.schema)
         self._sql = {
-            name: sql.format(schema=database.schema, unbroken=unbroken)
+            name: sql.format(schema=database.schema, unbroken=unbroken, of_others=_OF_OTHERS)
             for name, sql in _BLOCKS.items()
             if name not in _OF_A_TABLE
         }
@@ -78,16 +87,21 @@ class History:
         [row] = await connection.fetch(self._sql["moment"])
         return Moment(row["at"], (row["at"] - row["now"]).total_seconds())
 
-    async def begin(self, connection: Connection, mapping: MappingConfig, at: datetime) -> None:
+    async def begin(
+        self, connection: Connection, mapping: MappingConfig, table: Table, at: datetime
+    ) -> None:
         """Before a mapping's changes of the moment `at` are kept: see that its history goes on.
 
         If it doesn't, because of what may have been missed or never was kept, it begins at `at`.
+        Under another name these changes are missed: the histories of such mappings end.
         """
-        await connection.execute(self._sql["begin"], mapping.name, _shape(mapping), at)
+        await connection.execute(self._sql["begin"], *_written(mapping, table), at)
 
-    async def end(self, connection: Connection, mapping: MappingConfig) -> None:
-        """Before rows are written whose changes are not kept: the mapping's history has a gap."""
-        await connection.execute(self._sql["end"], mapping.name)
+    async def end(self, connection: Connection, mapping: MappingConfig, table: Table) -> None:
+        """Before rows are written whose changes are not kept: the mapping's history has a gap, and
+        so has any that another one has of them.
+        """
+        await connection.execute(self._sql["end"], *_written(mapping, table))
 
     async def since(self, connection: Connection, mapping: MappingConfig) -> datetime | None:
         """Since when every change of the mapping is kept; None if that isn't so."""
@@ -216,6 +230,11 @@ def _shape(mapping: MappingConfig) -> str:
             "values": sorted([name, types[name].name] for name in mapping.value_columns),
         }
     )
+
+
+def _written(mapping: MappingConfig, table: Table) -> tuple[str, str, int | None, bool]:
+    """$1 to $4 of `_OF_OTHERS`."""
+    return mapping.name, _shape(mapping), table.oid, mapping.mode == "upsert"
 
 
 def _values(text: str | None) -> Values | None:

@@ -331,9 +331,9 @@ class Writer:
         """Say, before the first slice, whether this mapping's history goes on or has a gap."""
         connection, config = self._session.connection, self.mapping.config
         if history.enabled:
-            await self._session.watch(history.begin(connection, config, stamp.at))
+            await self._session.watch(history.begin(connection, config, self.table, stamp.at))
         else:
-            await self._session.watch(history.end(connection, config))
+            await self._session.watch(history.end(connection, config, self.table))
 
     async def row(self, op: Op, after: int) -> tuple[tuple[str, ...], tuple[str | None, ...]]:
         """The first row of the diff behind number `after`: key columns, new values as staged."""

@@ -12,7 +12,7 @@ from urllib.parse import quote
 import asyncpg
 import pytest
 from daemon_site import Site
-from engine import Engine, waiting
+from engine import USERS, Engine, waiting
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from redis.asyncio import Redis
@@ -417,6 +417,42 @@ async def test_a_history_begins_anew_where_something_may_be_missing(
     with pytest.raises(HistoryGap, match="is known since"):
         await one_as_of(sync, fourth, "1")
     assert await one_as_of(sync, fifth, "1") == "8"
+
+
+@pytest.mark.parametrize("meanwhile", [{}, {"history": KEPT}], ids=["without history", "with it"])
+async def test_a_history_ends_where_its_mapping_had_another_name(
+    engine: MakeEngine, redis: Redis, pg: asyncpg.Connection, meanwhile: dict[str, Any]
+) -> None:
+    """What was kept under the other name isn't found under this one."""
+    sync = engine(history=KEPT)
+    other = engine({"name": "wallets", "table": "public.balances"}, **meanwhile)
+    moments = []
+    for balance, each in enumerate((sync, other, other, sync)):
+        await redis.set("balance:1", balance)
+        await each.good()
+        moments.append(await now(pg))
+    for moment in moments[:3]:
+        with pytest.raises(HistoryGap, match="is known since"):
+            await one_as_of(sync, moment, "1")
+    assert await one_as_of(sync, moments[3], "1") == "3.00"
+
+
+async def test_mappings_of_other_columns_of_one_table_have_histories_of_their_own(
+    engine: MakeEngine, redis: Redis, pg: asyncpg.Connection
+) -> None:
+    await pg.execute(
+        "CREATE TABLE users (telegram_id bigint PRIMARY KEY, balance bigint, bonus bigint,"
+        " sync_at timestamptz); INSERT INTO users VALUES (1)"
+    )
+    columns = {"telegram_id": "bigint", "bonus": "bigint"}
+    bonus = {**USERS, "name": "bonus", "key": "bonus:{telegram_id}", "columns": columns}
+    sync = engine(USERS, bonus, history=KEPT)
+    moments = []
+    for number in range(3):
+        await redis.mset({"1": number, "bonus:1": number})
+        await sync.good()
+        moments.append(await now(pg))
+    assert [await one_as_of(sync, moment, "1") for moment in moments] == ["0", "1", "2"]
 
 
 async def test_errors_are_never_guesses(

@@ -1,5 +1,6 @@
 -- The history: what changed, and since when nothing is missing. {unbroken} tells of a row h of
--- histories whether no program that keeps none has written since.
+-- histories whether no program that keeps none has written since, {of_others} whether it is another
+-- mapping's of what this one writes.
 
 -- name: moment
 SELECT clock_timestamp() AS now, greatest(clock_timestamp(), max(at) + interval '1 microsecond') AS at
@@ -7,13 +8,16 @@ FROM (SELECT max(at) AS at FROM {schema}.changes
       UNION ALL SELECT max(since) FROM {schema}.histories) AS last;
 
 -- name: begin
+WITH ended AS (
+    DELETE FROM {schema}.histories AS h WHERE {of_others}
+)
 INSERT INTO {schema}.histories AS h (mapping, shape, since)
-SELECT $1, $2, $3 WHERE NOT EXISTS (
+SELECT $1, $2, $5 WHERE NOT EXISTS (
     SELECT FROM {schema}.histories AS h WHERE h.mapping = $1 AND h.shape = $2 AND {unbroken})
 ON CONFLICT (mapping) DO UPDATE SET shape = EXCLUDED.shape, since = EXCLUDED.since;
 
 -- name: end
-DELETE FROM {schema}.histories WHERE mapping = $1;
+DELETE FROM {schema}.histories AS h WHERE h.mapping = $1 OR {of_others};
 
 -- name: since
 SELECT h.since FROM {schema}.histories AS h WHERE h.mapping = $1 AND h.shape = $2 AND {unbroken};
