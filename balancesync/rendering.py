@@ -60,15 +60,22 @@ class Rendering:
         """Put the members of an object that `values` made into the one that is there.
 
         All others stay as they are, each number with its digits; a mapped one that is a string
-        there stays a string. None if `document` isn't an object.
+        there stays a string. None if `document` isn't an object, has a mapped member twice, so that
+        nobody knows which one is meant, or holds what no UTF-8 can (a lone surrogate's escape).
         """
         try:
             there = _decode(document)
+            if not isinstance(there, tuple):
+                return None
+            return self._merge(there, wanted).encode()
         except (ValueError, RecursionError):
             return None
-        if not isinstance(there, tuple):
-            return None
+
+    def _merge(self, there: tuple[tuple[str, object], ...], wanted: bytes) -> str:
         given = dict(cast("tuple[tuple[str, object], ...]", _decode(wanted)))
+        names = [name for name, _ in there]
+        if any(names.count(field) > 1 for field in self._fields):
+            raise ValueError("a mapped member stands there twice")
         mapped = {field: given.get(field) for field in self._fields}
         made = []
         for name, old in there:
@@ -76,7 +83,7 @@ class Rendering:
             is_text = type(old) is str and isinstance(new, _Verbatim)
             made.append((name, str(new) if is_text else new))
         made += [(name, new) for name, new in mapped.items() if new is not None]
-        return _encode(tuple(made)).encode()
+        return _encode(tuple(made))
 
     def is_whole(self, document: bytes) -> bool:
         """Whether an object, which the mapping has read already, has mapped members only."""

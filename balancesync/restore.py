@@ -220,7 +220,10 @@ class Restore(Backward):
             for part in kept
         )
         if self._request.overwrite:
-            return f"{told}. They hold another type, or a field where the row has NULL"
+            return (
+                f"{told}. They hold another type, a field where the row has NULL, or an object that"
+                " can't be changed in one member alone, see docs/restore.md"
+            )
         look = "See them with `balancesync restore --dry-run`; if" if self._writes else "If"
         # While a refusal stands, that alone takes Redis as it is.
         accept = " --accept-loss" if refused else ""

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import asyncpg
 import pytest
@@ -24,7 +25,7 @@ from balancesync.errors import (
     SourceChanged,
     TargetMismatch,
 )
-from balancesync.model import Run
+from balancesync.model import Run, new_run_id
 from balancesync.part import Progress
 
 Make = Callable[..., Engine]
@@ -325,20 +326,28 @@ async def test_overwrite_leaves_the_other_members_of_an_object(
     await pg.execute(ACCOUNTS)
     await redis.set("account:1", '{"a": 1.5}')
     await redis.set("account:2", '{"a": "1.5", "note": "n"}')
-    await redis.set("account:3", '{"a": 1}')
+    await redis.mset({f"account:{number}": '{"a": 1}' for number in range(3, 7)})
     made = engine(JSON)
     await made.good()
-    rest = '"big":12345678901234567890.10,"x":[1.0,{"é":null}],"n":NaN'
+    rest = '"big":12345678901234567890.10,"x":[1.0,{"é":null}],"n":NaN,"y":1,"y":2'
     await redis.set("account:1", f'{{"note":"new",{rest},"a":9}}')
     await redis.set("account:2", '{"a": "9"}')
-    await redis.set("account:3", "[1]")
+    # An array has no members that could be set, of two members of one name nobody knows which one
+    # is meant, and half a character can't be written back; nor can what is nested too deeply.
+    left = {
+        "account:3": b"[1]",
+        "account:4": b'{"a":2,"a":3}',
+        "account:5": b'{"a":2,"other":"\\ud800"}',
+        "account:6": b'{"a":2,"other":%b1%b}' % (b"[" * 5_000, b"]" * 5_000),
+    }
+    await redis.mset(left)
     run = await made.sync(job="restore", overwrite=True)
-    # An array has no members that could be set.
-    assert (run.counts.updated, run.counts.kept) == (2, 1)
+    assert (run.counts.updated, run.counts.kept) == (2, 4)
+    assert "an object that can't be changed in one member alone" in str(made.failure)
     assert await redis.get("account:1") == f'{{"note":null,{rest},"a":1.5}}'.encode()
     # A string stays a string: the application may count on it.
     assert await redis.get("account:2") == b'{"a":"1.5","note":"n"}'
-    assert await redis.get("account:3") == b"[1]"
+    assert await redis.mget(left) == [*left.values()]
 
 
 async def test_a_dry_run_writes_nothing_and_shows_what_would_be(
@@ -600,6 +609,31 @@ async def test_a_restore_that_was_killed_is_remembered_and_deletes_nothing(
     await redis.delete("balance:1")
     assert (await made.good()).counts.deleted == 1
     await made.close()
+
+
+async def test_the_last_restore_is_that_of_postgresql_s_clock(
+    engine: Make, redis: Redis, pg: asyncpg.Connection
+) -> None:
+    made = engine({"on_absent": "delete"})
+    await fill(redis, range(10))
+    await made.good()
+    await restored(made)
+    # The clock of the process that made this one was ahead.
+    ahead = UUID(int=new_run_id().int + (3_600_000 << 80))
+    await pg.execute("UPDATE balancesync.runs SET id = $1 WHERE job = 'restore'", ahead)
+    await redis.delete(*(f"balance:{number}" for number in range(4)))
+
+    def fail(progress: Progress) -> None:
+        if progress.phase == "restore" and progress.done:
+            raise ConnectionResetError("the connection is lost")
+
+    made.on_progress = fail
+    assert (await made.sync(job="restore")).status == "failed"
+    made.on_progress = lambda progress: None
+    await redis.delete("balance:0")
+    run = await made.good()
+    assert (run.counts.deleted, run.counts.absent > 0) == (0, True)
+    assert any("nothing is deleted until its restore has succeeded" in w for w in run.warnings)
 
 
 async def test_no_sync_meets_a_restore(engine: Make, redis: Redis, postgres_dsn: str) -> None:

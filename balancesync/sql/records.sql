@@ -39,9 +39,10 @@ SELECT redis_run_id FROM {schema}.runs WHERE redis_run_id IS NOT NULL AND id < $
 ORDER BY id DESC LIMIT 1;
 
 -- name: last_restore
+-- By PostgreSQL's clock: an id has that of the process, which may be of another host.
 SELECT status FROM {schema}.runs
 WHERE job = 'restore' AND mode = 'apply' AND (mapping IS NULL OR mapping = $1)
-ORDER BY id DESC LIMIT 1;
+ORDER BY recorded_at DESC, id DESC LIMIT 1;
 
 -- name: forget_runs
 DELETE FROM {schema}.runs WHERE id IN (

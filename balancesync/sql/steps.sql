@@ -100,3 +100,5 @@ CREATE TABLE {schema}.pruned (
 -- Which Redis it was, and how often it had been emptied by FLUSHALL or FLUSHDB since its start.
 ALTER TABLE {schema}.baselines ADD COLUMN redis_run_id text;
 ALTER TABLE {schema}.baselines ADD COLUMN redis_flushes bigint;
+-- Each flush of live mode that deletes asks for a mapping's last restore, among the runs of a year.
+CREATE INDEX runs_restores ON {schema}.runs (recorded_at, id) WHERE job = 'restore' AND mode = 'apply';
