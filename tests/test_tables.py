@@ -311,6 +311,21 @@ async def test_key_under_a_collation_that_folds_case(
     assert '"name" has a collation' in await engine(mapping).failed(TargetMismatch)
 
 
+async def test_an_index_under_another_collation_than_the_key_s(
+    engine: MakeEngine, redis: Redis, pg: asyncpg.Connection
+) -> None:
+    await pg.execute(
+        'CREATE TABLE balances (name text COLLATE "C" NOT NULL, balance bigint,'
+        ' synced_at timestamptz); CREATE UNIQUE INDEX other ON balances (name COLLATE "POSIX")'
+    )
+    await redis.set("balance:a", "1")
+    mapping = {"key": "balance:{name}", "columns": {"name": "text", "balance": "bigint"}}
+    sync = engine(mapping)
+    line = await sync.failed(TargetMismatch)
+    await pg.execute(line[line.index("CREATE UNIQUE INDEX CONCURRENTLY") :])
+    assert (await sync.good()).counts.inserted == 1
+
+
 async def test_value_under_a_collation_that_folds_case(
     engine: MakeEngine, redis: Redis, pg: asyncpg.Connection
 ) -> None:

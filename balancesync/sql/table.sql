@@ -30,12 +30,18 @@ WHERE a.attrelid = $1::oid AND a.attnum > 0 AND NOT a.attisdropped
 ORDER BY a.attnum;
 
 -- name: unique_indexes
+-- Under the columns' own collations: another one may hold different keys for equal.
 SELECT (SELECT array_agg(a.attname::text)
         FROM unnest(i.indkey[0:i.indnkeyatts - 1]) AS k (attnum)
         LEFT JOIN pg_attribute AS a ON a.attrelid = i.indrelid AND a.attnum = k.attnum) AS columns
 FROM pg_index AS i
 WHERE i.indrelid = $1::oid AND i.indisunique AND i.indisvalid AND i.indimmediate
-      AND i.indpred IS NULL AND i.indexprs IS NULL;
+      AND i.indpred IS NULL AND i.indexprs IS NULL
+      AND NOT EXISTS (
+          SELECT FROM unnest(i.indkey[0:i.indnkeyatts - 1], i.indcollation[0:i.indnkeyatts - 1])
+              AS k (attnum, under)
+          JOIN pg_attribute AS a ON a.attrelid = i.indrelid AND a.attnum = k.attnum
+          WHERE a.attcollation <> k.under);
 
 -- name: triggers
 SELECT tgname AS name, pg_get_triggerdef(oid) AS definition
