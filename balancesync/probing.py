@@ -11,7 +11,7 @@ from uuid import UUID
 
 import structlog
 
-from balancesync.config import Config
+from balancesync.config import Config, MappingConfig
 from balancesync.database import Database
 from balancesync.errors import BalanceSyncError
 from balancesync.mapping import Mapping
@@ -62,7 +62,8 @@ class Probing:
         self._records = Records(database)
         self._known: Known | None = None
         self._refresh_at = 0.0
-        self._sample_due = False
+        # How many keys a run has just found, by mapping, until a sample tells how many expire.
+        self._unsampled: dict[str, int] = {}
         self._size: int | None = None
         # Read before the size was: what is pruned meanwhile is then never taken for lost.
         self._pruned = 0
@@ -108,7 +109,8 @@ class Probing:
             self._refresh_at = 0.0
             self._remember_size(document)
             self._remember_success(document)
-            self._sample_due |= document["status"] == "succeeded" and document["mode"] == "apply"
+            if document["status"] == "succeeded" and document["mode"] == "apply":
+                self._unsampled |= _present(document)
 
     async def record_late(self) -> None:
         """Record the runs that ended while PostgreSQL couldn't be told, or before they began."""
@@ -167,16 +169,17 @@ class Probing:
         self._metrics.may_evict = any(
             fact.maxmemory and fact.maxmemory_policy.startswith("allkeys") for fact in facts
         )
-        if not self._sample_due:
-            return
-        self._sample_due = False
-        size = sum((await self._source.dbsize()).values())
         for config in self._config.mapping:
-            sample = await self._source.sample(reading_of(Mapping(config)), _SAMPLE_KEYS)
-            expiring = sum(ttl is not None for ttl in sample.ttls)
-            share = expiring / len(sample.ttls) if sample.ttls else 0
-            whole = len(sample.ttls) if len(sample.ttls) < _SAMPLE_KEYS else size
-            self._metrics.expiring.labels(config.name).set(round(share * whole))
+            if config.name in self._unsampled:
+                await self._attempt(self._sample(config))
+
+    async def _sample(self, config: MappingConfig) -> None:
+        """Estimate how many of a mapping's keys expire; what fails is tried again."""
+        sample = await self._source.sample(reading_of(Mapping(config)), _SAMPLE_KEYS)
+        expiring = sum(ttl is not None for ttl in sample.ttls)
+        share = expiring / len(sample.ttls) if sample.ttls else 0
+        present = self._unsampled.pop(config.name)
+        self._metrics.expiring.labels(config.name).set(round(share * present))
 
     def _tell(self, kind: str, before: Server, now: Server) -> None:
         if (before.connected, before.error) == (now.connected, now.error):
@@ -250,3 +253,11 @@ class Probing:
             self._pause = min(2 * self._pause, _LONGEST_PAUSE_S)
             for each in owed:
                 self._runner.submit(replace(each.request, trigger="recovery"))
+
+
+def _present(run: Dictionary[str, Any]) -> dict[str, int]:
+    """How many keys a run has found, by mapping."""
+    return {
+        name: counts["scanned"] - counts["ignored"] - counts["vanished"]
+        for name, counts in run["mappings"].items()
+    }

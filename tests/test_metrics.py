@@ -1,5 +1,6 @@
 """The metrics: their names and labels, and what events and PostgreSQL's memory do to them."""
 
+import asyncio
 import math
 import re
 from collections.abc import Callable
@@ -7,8 +8,10 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
+from redis.asyncio import Redis
 from running import Inside, daemon_config, free_port
 
+from balancesync import probing
 from balancesync.documents import run_document
 from balancesync.embedded import RedisServer
 from balancesync.metrics import Metrics
@@ -168,6 +171,57 @@ def test_evicted_keys_are_as_redis_counts_them(metrics: Metrics) -> None:
     assert value(metrics, "redis_evicted_keys_total") == 7
     metrics.evicted = 2
     assert value(metrics, "redis_evicted_keys_total") == 2
+
+
+@pytest.fixture
+def _probed_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_REFRESH_S", "_CALM_S"):
+        monkeypatch.setattr(probing, name, 0.05)
+
+
+@pytest.mark.usefixtures("_probed_often")
+async def test_how_many_keys_expire_is_a_share_of_the_mapping_s_own(
+    redis: Redis, redis_url: str, postgres_dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probing, "_SAMPLE_KEYS", 20)
+    # Of other keys there are many more than of those with a bare id.
+    await redis.mset({f"cache:{number}": "x" for number in range(500)})
+    for number in range(50):
+        await redis.set(str(number), "1", ex=1000)
+    await redis.hset("big", mapping={str(number): "1" for number in range(70)})
+    await redis.expire("big", 1000)
+    big = {"name": "big", "key": "big", "type": "hash", "member": "{user_id}", "table": "bigs"}
+    config = daemon_config(postgres_dsn, redis_url, {"key": "{user_id}"}, big)
+    async with Inside(config) as daemon:
+        await daemon.leads()
+        await daemon.api.sync()
+        for name, count in (("balances", 50), ("big", 70)):
+            sample = f'expiring_keys{{mapping="{name}"}}'
+            await daemon.api.until_sample(sample, lambda keys: keys is not None)
+            assert await daemon.api.sample(sample) == count
+
+
+@pytest.mark.usefixtures("_probed_often")
+async def test_a_sample_that_fails_is_taken_again(
+    redis: Redis, redis_url: str, postgres_dsn: str
+) -> None:
+    command: Any = redis.execute_command
+    await command("ACL", "SETUSER", "sampler", "on", "nopass", "~*", "+@all", "-pttl")
+    try:
+        await redis.set("balance:1", "1", ex=1000)
+        url = redis_url.replace("redis://", "redis://sampler:x@")
+        async with Inside(daemon_config(postgres_dsn, url)) as daemon:
+            await daemon.leads()
+            await daemon.api.sync()
+            # That the sample was refused is told by Redis alone.
+            async with asyncio.timeout(20):
+                while "cmdstat_pttl" not in await redis.info("commandstats"):  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+            await command("ACL", "SETUSER", "sampler", "+pttl")
+            sample = 'expiring_keys{mapping="balances"}'
+            await daemon.api.until_sample(sample, lambda keys: keys == 1)
+    finally:
+        await redis.acl_deluser("sampler")
 
 
 async def test_a_redis_that_may_evict_is_told_of(
