@@ -28,6 +28,8 @@ from balancesync.web import Web
 
 _STATUS_S: Final = 1.0
 _SECOND_SIGNAL: Final = 1
+# A standby may not know yet that its leader is gone: how long before it leads, with some to spare.
+_TAKEOVER_S: Final = 15.0
 
 log = structlog.get_logger("balancesync")
 
@@ -83,6 +85,7 @@ class Daemon:
             restart_live=self._live.restart,
         )
         self._last_leader: str | None = None
+        self._passed_over: dict[str, tuple[float, Request]] = {}
         self._stop = asyncio.Event()
 
     async def run(self) -> None:
@@ -158,17 +161,33 @@ class Daemon:
         self._request(Request("sync", "sighup"))
 
     def fire(self, name: str, job: JobConfig) -> None:
-        """Ask for what a job of the schedule wants; the schedule calls it."""
-        mode: Mode = "verify" if job.job == "verify" else "apply"
-        self._request(Request(job.job, f"cron:{name}", mode=mode, force=False))
+        """Ask for what a job of the schedule wants; the schedule calls it.
 
-    def _request(self, request: Request) -> None:
+        What each job wanted last of a standby is kept with its time, for `_make_up`.
+        """
+        mode: Mode = "verify" if job.job == "verify" else "apply"
+        request = Request(job.job, f"cron:{name}", mode=mode, force=False)
+        if not self._request(request):
+            self._passed_over[request.trigger] = asyncio.get_running_loop().time(), request
+
+    def _request(self, request: Request) -> bool:
+        """Have it run; False on a standby."""
         if not self.state.leader and self.state.leader_name is not None:
             log.info(
                 "a standby runs nothing", trigger=request.trigger, leader=self.state.leader_name
             )
-        elif not self.state.draining:
+            return False
+        if not self.state.draining:
             self.runner.submit(request)
+        return True
+
+    def _make_up(self) -> None:
+        """Ask for what cron wanted just before this daemon led: there may have been no leader."""
+        now = asyncio.get_running_loop().time()
+        for at, request in self._passed_over.values():
+            if now - at <= _TAKEOVER_S:
+                self._request(request)
+        self._passed_over.clear()
 
     def _lead(self, leads: bool, leader: str | None) -> None:
         before = (self.state.leader, self.state.leader_name)
@@ -188,6 +207,8 @@ class Daemon:
             self._live.lead(leads, leader, starting)
         elif starting:
             self.runner.submit(starting)
+        if leads:
+            self._make_up()
         self._last_leader = leader or self._last_leader
 
     async def _report(self) -> None:

@@ -211,6 +211,34 @@ async def test_an_outage_is_warned_of_once(
     assert told.count("debug") >= 6
 
 
+async def test_what_fires_when_the_leader_is_just_gone_is_made_up_for(
+    redis_url: str,
+    postgres_dsn: str,
+    pg: asyncpg.Connection,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(leadership, "_POLL_S", 0.05)
+    monkeypatch.setattr(runner, "_COMPANY_S", 0.01)
+    cron = "0 0 1 1 *"
+    jobs = {"daily": {"cron": cron, "job": "sync"}, "proof": {"cron": cron, "job": "verify"}}
+    config = daemon_config(postgres_dsn, redis_url, schedule={"jobs": jobs})
+    await pg.execute("SET application_name = 'balancesync elsewhere:1'")
+    await pg.execute("SELECT pg_advisory_lock($1)", LEADER)
+    async with Inside(config) as inside:
+        await inside.log.next("leader", leads=False, leader="elsewhere:1")
+        # That the other one is dead, PostgreSQL doesn't know yet.
+        with monkeypatch.context() as earlier:
+            earlier.setattr(asyncio.get_running_loop(), "time", lambda: 0.0, raising=False)
+            inside.daemon.fire("proof", config.schedule.jobs["proof"])
+        inside.daemon.fire("daily", config.schedule.jobs["daily"])
+        inside.daemon.fire("daily", config.schedule.jobs["daily"])
+        await pg.execute("SELECT pg_advisory_unlock_all()")
+        await inside.leads()
+        await inside.finished(trigger="cron:daily", status="succeeded")
+        # What was due long before has been the other one's.
+        assert [run["job"] for run in inside.log.all("run_queued")] == ["sync"]
+
+
 async def test_a_standby_owes_nothing(
     redis: Redis, redis_url: str, postgres_dsn: str, pg: asyncpg.Connection
 ) -> None:
