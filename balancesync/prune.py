@@ -83,7 +83,10 @@ class Prune(Backward):
                 " status`"
             )
         if await self._records.unfinished_restore(session.connection, mapping):
-            raise RunFailed(f'mapping "{mapping}": its last restore hasn\'t succeeded')
+            raise RunFailed(
+                f'mapping "{mapping}": its last restore hasn\'t succeeded; run `balancesync'
+                " restore` again"
+            )
         self._piece = max(1, min(_PIECE, known.baseline.present // _SHARE_OF_ALL))
 
     @cached_property

@@ -347,4 +347,5 @@ async def test_what_prune_needs(engine: Make, redis: Redis, pg: asyncpg.Connecti
     assert (await pruned(made)).counts.scanned == 1
     await redis.set("balance:1", "5")
     assert (await made.sync(job="restore")).status == "failed"
-    await refuses(made, RunFailed, "its last restore hasn't succeeded")
+    way = "its last restore hasn't succeeded; run `balancesync restore` again"
+    await refuses(made, RunFailed, way)
