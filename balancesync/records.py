@@ -19,8 +19,8 @@ _ABANDONED: Final = """r.status = 'running' AND NOT EXISTS (
         AND (l.classid::bigint << 32) | l.objid::bigint = r.lock_key)"""
 
 _OTHER_REDIS: Final = (
-    "Redis was restarted or replaced since the last run (its run_id is another): its values may"
-    " have gone back in time"
+    "Redis was restarted or replaced since the last run that applied (its run_id is another): its"
+    " values may have gone back in time"
 )
 
 
@@ -153,7 +153,7 @@ class Records:
         return known
 
     async def meet(self, connection: Connection | None, run: Run, run_id: str) -> None:
-        """Keep in `run` which Redis it has met; it warns if the last one to meet any met another.
+        """Keep in `run` which Redis it has met; it warns if the last one that applied met another.
 
         Args:
             connection: to ask for the run before; None if nothing is recorded yet.

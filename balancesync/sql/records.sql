@@ -35,7 +35,8 @@ WHERE status = 'succeeded' AND mode <> 'dry_run' AND mapping IS NULL GROUP BY jo
 SELECT id FROM {schema}.runs WHERE job = 'verify' AND status = 'succeeded' ORDER BY id DESC LIMIT 1;
 
 -- name: last_redis
-SELECT redis_run_id FROM {schema}.runs WHERE redis_run_id IS NOT NULL AND id < $1
+-- Of a run that followed it: one that only looked leaves the next one its warning.
+SELECT redis_run_id FROM {schema}.runs WHERE redis_run_id IS NOT NULL AND mode = 'apply' AND id < $1
 ORDER BY id DESC LIMIT 1;
 
 -- name: last_restore
