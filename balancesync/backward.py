@@ -7,6 +7,7 @@ from typing import ClassVar
 from balancesync import table as tables
 from balancesync.attempt import Attempt
 from balancesync.config import MappingConfig
+from balancesync.database import quote
 from balancesync.errors import RightMissing, RunFailed, TargetMismatch
 from balancesync.mapping import Mapping
 from balancesync.nodes import Identity
@@ -101,6 +102,6 @@ def require_synced_at(config: MappingConfig, table: Table) -> None:
     if not table.columns[config.synced_at].may_select:
         raise RightMissing(
             f'mapping "{config.name}": this role lacks SELECT ({config.synced_at}) on'
-            f" {config.table}, which tells the rows that balancesync has written; GRANT it, see"
-            " docs/security.md"
+            f" {config.table}, which tells the rows that balancesync has written;"
+            f" {table.grant(f'SELECT ({quote(config.synced_at)})')}"
         )

@@ -5,7 +5,8 @@ is tried for a moment, with keys that nobody has.
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from itertools import combinations
 from typing import Any, Final
 
 from balancesync import table as tables
@@ -246,9 +247,10 @@ async def _check_tables(
                 text = f"the table {mapping.table} fits, and this role may write it"
                 yield Finding("ok", mapping.name, text)
                 if mapping.synced_at and not table.columns[mapping.synced_at].may_select:
-                    text = f"this role lacks SELECT ({mapping.synced_at}) on {mapping.table}"
-                    why = "which restore, prune and /balances need; see docs/security.md"
-                    yield Finding("warning", mapping.name, f"{text}, {why}")
+                    text = f"this role lacks SELECT ({mapping.synced_at}) on {mapping.table}, which"
+                    text += " restore, prune and /balances need; "
+                    way = table.grant(f"SELECT ({quote(mapping.synced_at)})")
+                    yield Finding("warning", mapping.name, text + way)
                 for finding in await _judge_triggers(connection, mapping, table):
                     yield finding
             else:
@@ -262,6 +264,22 @@ async def _check_tables(
         tables.refuse_shared(there)
     except TargetMismatch as error:
         yield failure("configuration", error)
+    for finding in _judge_shared(config):
+        yield finding
+
+
+def _judge_shared(config: Config) -> Iterator[Finding]:
+    """Whether each of several mappings on one table tells its own rows from the others'."""
+    for first, second in combinations(config.mapping, 2):
+        both = f'mappings "{first.name}" and "{second.name}"'
+        if first.table_name == second.table_name and first.synced_at == second.synced_at != "":
+            yield Finding(
+                "warning",
+                "configuration",
+                f"{both} share the column {first.synced_at} of {first.table}: a restore of one"
+                " makes keys for rows that only the other has ever written; give each a synced_at"
+                " of its own",
+            )
 
 
 async def _judge_triggers(

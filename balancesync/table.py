@@ -43,6 +43,7 @@ class Table:
     sql_name: str
     oid: int | None = None
     columns: dict[str, Column] = field(default_factory=dict)
+    role: str = ""
 
     @property
     def exists(self) -> bool:
@@ -56,6 +57,10 @@ class Table:
             for name in mapping.value_columns
             if self.exists and not self.columns[name].not_null
         )
+
+    def grant(self, *rights: str) -> str:
+        """The statement that gives this role such rights on the table."""
+        return f"GRANT {', '.join(rights)} ON {self.sql_name} TO {quote(self.role)}"
 
 
 async def inspect(connection: Connection, mapping: MappingConfig) -> Table:
@@ -83,7 +88,8 @@ async def inspect(connection: Connection, mapping: MappingConfig) -> Table:
             " be written safely"
         )
     rows = await connection.fetch(_SQL["columns"], relation["oid"])
-    table = Table(name, relation["oid"], {row["name"]: Column(**row) for row in rows})
+    columns = {row["name"]: Column(**row) for row in rows}
+    table = Table(name, relation["oid"], columns, relation["role"])
     misfits = _column_misfits(table, mapping)
     if table.columns.keys() >= {*mapping.key_columns}:
         misfits += await _index_misfits(connection, table, mapping)
@@ -95,17 +101,22 @@ async def inspect(connection: Connection, mapping: MappingConfig) -> Table:
     if relation["hidden_rows"]:
         misfits.append("row-level security hides rows from this role; use a role with BYPASSRLS")
     missing = _missing_rights(table, mapping, may_delete=relation["may_delete"])
-    right = f"this role lacks {', '.join(missing)}"
+    _refuse(table, mapping, misfits, missing)
+    return table
+
+
+def _refuse(
+    table: Table, mapping: MappingConfig, misfits: Sequence[str], missing: Sequence[str]
+) -> None:
+    """Raise if anything doesn't fit, or a right is missing, with all of it in one line."""
+    lacks = f"this role lacks rights on {mapping.table}: {table.grant(*missing)}"
     if misfits:
         raise TargetMismatch(
             f'mapping "{mapping.name}" doesn\'t fit the table {mapping.table}: '
-            + "; ".join([*misfits, right] if missing else misfits)
+            + "; ".join([*misfits, lacks] if missing else misfits)
         )
     if missing:
-        raise RightMissing(
-            f'mapping "{mapping.name}": {right} on {mapping.table}; GRANT it, see docs/security.md'
-        )
-    return table
+        raise RightMissing(f'mapping "{mapping.name}": {lacks}')
 
 
 async def _has_schema(connection: Connection, mapping: MappingConfig) -> bool:
@@ -122,11 +133,12 @@ async def _refuse_hidden(connection: Connection, mapping: MappingConfig) -> None
     Another one, made where this role may, would then take its place in silence.
     """
     schema, name = mapping.table_name
-    hidden = None if schema else await connection.fetchval(_SQL["hidden"], name)
+    hidden = None if schema else await connection.fetchrow(_SQL["hidden"], name)
     if hidden is not None:
         raise RightMissing(
-            f'mapping "{mapping.name}": this role may not use the schema {hidden}, which the table'
-            f" {mapping.table} is in; GRANT USAGE ON SCHEMA {quote(hidden)}, see docs/security.md"
+            f'mapping "{mapping.name}": this role may not use the schema {hidden["schema"]}, which'
+            f" the table {mapping.table} is in; GRANT USAGE ON SCHEMA {quote(hidden['schema'])} TO"
+            f" {quote(hidden['role'])}"
         )
 
 
@@ -149,8 +161,8 @@ def _column_misfits(table: Table, mapping: MappingConfig) -> list[str]:
         column = table.columns.get(mapping.synced_at)
         if column is None:
             misfits.append(
-                f'there is no column "{mapping.synced_at}": add it (timestamptz),'
-                ' or set mapping.synced_at = ""'
+                f'there is no column "{mapping.synced_at}": ALTER TABLE {table.sql_name} ADD COLUMN'
+                f' {quote(mapping.synced_at)} timestamptz, or set mapping.synced_at = ""'
             )
         elif column.type not in _SYNCED_AT_TYPES:
             misfits.append(f'column "{mapping.synced_at}" is {column.type}, not timestamptz')
@@ -181,16 +193,16 @@ async def _index_misfits(connection: Connection, table: Table, mapping: MappingC
 
 
 def _missing_rights(table: Table, mapping: MappingConfig, *, may_delete: bool) -> list[str]:
-    """What this role may not do, of the columns that are there."""
-    columns = table.columns
+    """What this role lacks of the columns that are there, as GRANT has it."""
     deletes = mapping.on_absent == "delete"
     written = [*mapping.value_columns, *([mapping.synced_at] if mapping.synced_at else [])]
     read = [*mapping.columns, *([mapping.synced_at] if deletes else [])]
     inserted = [*mapping.key_columns, *written] if mapping.mode == "upsert" else []
-    there = columns.keys()
-    lacks = [f"SELECT ({n})" for n in read if n in there and not columns[n].may_select]
-    lacks += [f"UPDATE ({n})" for n in written if n in there and not columns[n].may_update]
-    lacks += [f"INSERT ({n})" for n in inserted if n in there and not columns[n].may_insert]
+    lacks = []
+    for right, names in (("SELECT", read), ("UPDATE", written), ("INSERT", inserted)):
+        there = [table.columns[name] for name in names if name in table.columns]
+        if denied := [quote(c.name) for c in there if not getattr(c, f"may_{right.lower()}")]:
+            lacks.append(f"{right} ({', '.join(denied)})")
     return [*lacks, "DELETE"] if deletes and not may_delete else lacks
 
 

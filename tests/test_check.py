@@ -295,6 +295,28 @@ async def test_one_table_under_two_names(config: Config, pg: asyncpg.Connection)
     assert "name the same table" in error
 
 
+async def test_two_mappings_that_set_one_synced_at(config: Config, pg: asyncpg.Connection) -> None:
+    await pg.execute(
+        "CREATE TABLE users (telegram_id bigint PRIMARY KEY, balance bigint, bonus bigint,"
+        " sync_at timestamptz, bonus_at timestamptz)"
+    )
+    mappings = [
+        MappingConfig(
+            name=value,
+            key=f"{value}:{{telegram_id}}",
+            table="users",
+            mode="update",
+            synced_at="sync_at",
+            columns={"telegram_id": "bigint", value: "bigint"},
+        )
+        for value in ("balance", "bonus")
+    ]
+    [warning] = texts(await examine(config, *mappings), "warning", "configuration")
+    assert 'mappings "balance" and "bonus" share the column sync_at of users' in warning
+    mappings[1] = replace(mappings[1], synced_at="bonus_at")
+    assert not texts(await examine(config, *mappings), "warning", "configuration")
+
+
 async def test_triggers(config: Config, pg: asyncpg.Connection) -> None:
     await pg.execute(
         "CREATE TABLE balances (user_id bigint PRIMARY KEY, balance numeric(20,2) NOT NULL,"

@@ -369,11 +369,11 @@ POSTGRES_RIGHTS = {
     "elsewhere": {"USAGE ON SCHEMA public": "for schema public"},
     "users": {
         "USAGE ON SCHEMA public": "USAGE ON SCHEMA",
-        "SELECT (telegram_id) ON users": r"SELECT \(telegram_id\)",
-        "SELECT (balance) ON users": r"SELECT \(balance\)",
-        "SELECT (sync_at) ON users": r"SELECT \(sync_at\)",
-        "UPDATE (balance) ON users": r"UPDATE \(balance\)",
-        "UPDATE (sync_at) ON users": r"UPDATE \(sync_at\)",
+        "SELECT (telegram_id) ON users": r'SELECT \("telegram_id"\)',
+        "SELECT (balance) ON users": r'SELECT \("balance"\)',
+        "SELECT (sync_at) ON users": r'SELECT \("sync_at"\)',
+        "UPDATE (balance) ON users": r'UPDATE \("balance"\)',
+        "UPDATE (sync_at) ON users": r'UPDATE \("sync_at"\)',
     },
 }
 

@@ -4,12 +4,13 @@
 SELECT c.oid::bigint AS oid, n.nspname AS schema, c.relname AS name, c.relkind::text AS kind,
        row_security_active(c.oid) AS hidden_rows,
        c.relkind = 'r' AND EXISTS (SELECT FROM pg_inherits WHERE inhparent = c.oid) AS has_children,
-       has_table_privilege(c.oid, 'DELETE') AS may_delete
+       has_table_privilege(c.oid, 'DELETE') AS may_delete, current_user AS role
 FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
 WHERE c.oid = to_regclass($1);
 
 -- name: hidden
-SELECT n.nspname FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
+SELECT n.nspname AS schema, current_user AS role
+FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
 WHERE c.relname = $1 AND NOT has_schema_privilege(n.oid, 'USAGE')
     AND n.nspname = ANY (regexp_split_to_array(translate(current_setting('search_path'), '"', ''), ', *'))
 LIMIT 1;
