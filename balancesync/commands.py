@@ -318,7 +318,7 @@ async def status(config: Config, args: Namespace) -> int:
 
     async def found() -> Document:
         async with servers(config) as (database, source):
-            return await overview.status(database, source)
+            return await overview.status(config, database, source)
 
     async def ask() -> Document:
         return await service.ask(config, "/status", found)

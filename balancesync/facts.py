@@ -28,7 +28,6 @@ _FRESH_S: Final = 0.5
 _USABLE_S: Final = 3.0
 _WAIT_S: Final = 1.0
 _KEPT_RUNS: Final = 100
-_OVERDUE_INTERVALS: Final = 2
 
 
 class Facts:
@@ -151,13 +150,14 @@ class Facts:
     def _health(self, recorded: overview.Recorded | None) -> tuple[int, Document]:
         state = self._state
         checks = overview.server_checks(state.redis, state.postgres)
-        if state.postgres.connected:
-            if recorded is not None:
-                checks |= overview.recorded_checks(
-                    self._config, recorded, self._records.age_s, overdue_s=self._overdue_s()
-                )
-            if self._records.error is not None:
-                checks["schema"] = overview.check("failed", self._records.error)
+        why = self._records.error if state.postgres.connected else overview.UNASKED
+        if recorded is None:
+            checks |= overview.unknown_checks(why or "not asked yet")
+        else:
+            checks |= self._recorded_checks(recorded)
+            if why is not None:
+                checks["schema"] = overview.check("failed", why)
+                checks["lock"] = overview.check("ok", "not known")
         checks["postponed"] = self._postponed_check()
         if self._config.live.enabled:
             is_well = state.live == "up" or self.is_standby
@@ -179,11 +179,15 @@ class Facts:
             return overview.check("ok", "no run waits for a server")
         return overview.check("degraded", f"runs by itself when it can: {'; '.join(waiting)}")
 
-    def _overdue_s(self) -> float:
+    def _recorded_checks(self, recorded: overview.Recorded) -> dict[str, Document]:
         now = datetime.now(UTC)
-        overdue_s = _OVERDUE_INTERVALS * self._schedule.planned_interval(now)
-        is_young = (now - self._state.started_at).total_seconds() < overdue_s
-        return float("inf") if is_young else overdue_s
+        return overview.recorded_checks(
+            self._config,
+            recorded,
+            self._records.age_s,
+            interval_s=self._schedule.planned_interval(now),
+            waited_s=(now - self._state.started_at).total_seconds(),
+        )
 
     def since_start(self) -> Document:
         """The totals since the daemon's start, or since they were cleared."""

@@ -1,16 +1,17 @@
 """How things stand: the documents of `status`, `stats` and `health`, from both servers."""
 
 import asyncio
-import math
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from time import perf_counter
 from typing import Final, Literal
+from zoneinfo import ZoneInfo
 
-from balancesync.config import Config
+from balancesync.config import Config, ScheduleConfig
 from balancesync.database import Connection, Database, Steps, load_sql, lock_key
 from balancesync.documents import Document, run_document
 from balancesync.errors import BalanceSyncError
+from balancesync.fires import longest_gap
 from balancesync.model import Run, exceeds
 from balancesync.records import Records
 from balancesync.source import Source
@@ -21,6 +22,8 @@ Level = Literal["ok", "degraded", "failed"]
 # Whoever asks how things stand wants to know it now, and not after a statement's time-out.
 _PROBE_S: Final = 5.0
 _SEARCHED_RUNS: Final = 100
+_OVERDUE_INTERVALS: Final = 2
+UNASKED: Final = "PostgreSQL doesn't answer, and only it knows"
 # What `stats` says of each of the last runs.
 SHORT: Final = ("id", "job", "trigger", "mode", "status", "mapping", "started_at", "duration_s")
 
@@ -126,14 +129,15 @@ async def read(database: Database) -> Recorded:
         )
 
 
-async def status(database: Database, source: Source) -> Document:
-    """What runs, what ran, what the guard refuses, both servers.
+async def status(config: Config, database: Database, source: Source) -> Document:
+    """What runs, what ran, what the guard refuses, both servers, and how well all that is.
 
     Without PostgreSQL all but the servers is null. Raises SchemaMissing, SchemaTooNew.
     """
     redis, postgres = await asyncio.gather(probe_redis(source), probe_postgres(database))
     recorded = await read(database) if postgres.connected else None
-    return status_document(redis, postgres, recorded)
+    checks = server_checks(redis, postgres) | _checks(config, recorded)
+    return status_document(redis, postgres, recorded) | {"health": health_document(checks)}
 
 
 def status_document(
@@ -200,17 +204,34 @@ async def _age_s(connection: Connection, success: Run | None) -> float | None:
     return round(max((now - success.finished_at).total_seconds(), 0.0), 3)
 
 
+def planned_interval(schedule: ScheduleConfig, now: datetime) -> float:
+    """Seconds: the longest gap between two planned syncs, by the jobs alone.
+
+    Looked for a year back and ahead of `now` (aware). Infinite without a sync job, or if there are
+    no two syncs in that time.
+    """
+    syncs = [job.fields for job in schedule.jobs.values() if job.job == "sync"]
+    return longest_gap(syncs, now.astimezone(ZoneInfo(schedule.timezone)).date())
+
+
 async def health(config: Config, database: Database, source: Source) -> Document:
     """Whether all is well, check by check: `healthy`, `degraded` or `unhealthy`."""
     redis, postgres = await asyncio.gather(probe_redis(source), probe_postgres(database))
     checks = server_checks(redis, postgres)
+    recorded = None
     if postgres.connected:
         try:
             recorded = await database.within(_PROBE_S, read(database))
-            checks |= recorded_checks(config, recorded)
         except BalanceSyncError as error:
-            checks["schema"] = check("failed", str(error))
-    return health_document(checks)
+            return health_document(checks | unknown_checks(str(error)))
+    return health_document(checks | _checks(config, recorded))
+
+
+def _checks(config: Config, recorded: Recorded | None) -> dict[str, Document]:
+    if recorded is None:
+        return unknown_checks(UNASKED)
+    interval_s = planned_interval(config.schedule, recorded.at)
+    return recorded_checks(config, recorded, interval_s=interval_s)
 
 
 def health_document(checks: dict[str, Document]) -> Document:
@@ -248,28 +269,40 @@ def recorded_checks(
     recorded: Recorded,
     later_s: float = 0.0,
     *,
-    overdue_s: float = math.inf,
+    interval_s: float,
+    waited_s: float = 0.0,
 ) -> dict[str, Document]:
     """What the records say, `later_s` seconds after they were read.
 
-    A last success older than `overdue_s` seconds is a failure, and so is none at all, unless
-    `overdue_s` is infinite: then it's too early to say, or nothing is planned.
+    A last success older than two planned intervals, of `interval_s` seconds each, is a failure, and
+    so is none at all where one has been waited for that long, `waited_s`.
     """
     refused = "; ".join(
         f'mapping "{each["mapping"]}": {each["reason"]}' for each in recorded.refusals
     )
+    overdue_s = _OVERDUE_INTERVALS * interval_s
     return {
         "schema": check("ok", "up to date"),
         "lock": check("ok", "a writer is at work" if recorded.writing else "free"),
-        "last_success": _success_check(recorded.success_age_s(later_s), overdue_s),
+        "last_success": _success_check(recorded.success_age_s(later_s), overdue_s, waited_s),
         "refusal": check("degraded", refused) if refused else check("ok", "none stands"),
         "rejects": _reject_check(config, recorded),
     }
 
 
-def _success_check(age_s: float | None, overdue_s: float) -> Document:
+def unknown_checks(why: str) -> dict[str, Document]:
+    """The same while nobody knows: what isn't there to be seen isn't well."""
+    unknown = check("degraded", "not known")
+    return {
+        "schema": check("failed", why),
+        "lock": check("ok", "not known"),
+        **dict.fromkeys(("last_success", "refusal", "rejects"), unknown),
+    }
+
+
+def _success_check(age_s: float | None, overdue_s: float, waited_s: float) -> Document:
     if age_s is None:
-        level: Level = "failed" if math.isfinite(overdue_s) else "degraded"
+        level: Level = "failed" if waited_s > overdue_s else "degraded"
         return check(level, "no sync of all mappings has succeeded yet")
     if age_s > overdue_s:
         return check("failed", f"{age_s:,.0f} s ago, more than two intervals of the schedule")

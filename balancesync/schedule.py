@@ -15,7 +15,8 @@ from apscheduler.triggers.base import BaseTrigger
 
 from balancesync.config import JobConfig, ScheduleConfig
 from balancesync.cron import CronFields
-from balancesync.fires import longest_gap, next_fire
+from balancesync.fires import next_fire
+from balancesync.overview import planned_interval
 
 # Seconds. The sleep of a machine stops the loop's clock, so this is also how late a job can be.
 _BEAT: Final = 20.0
@@ -152,16 +153,11 @@ class Schedule:
         ]
 
     def planned_interval(self, now: datetime) -> float:
-        """Seconds: the longest gap between two planned syncs, by the jobs alone.
-
-        Looked for a year back and ahead of `now` (aware). Infinite without a sync job, or if there
-        are no two syncs in that time.
-        """
+        """What `overview.planned_interval` says, found out once a day."""
         today = now.astimezone(self._zone).date()
         # /health asks often, and the answer takes milliseconds.
         if self._interval is None or self._interval[0] != today:
-            syncs = [job.fields for job in self._config.jobs.values() if job.job == "sync"]
-            self._interval = today, longest_gap(syncs, today)
+            self._interval = today, planned_interval(self._config, now)
         return self._interval[1]
 
     def _next_at(self, name: str) -> datetime | None:

@@ -56,8 +56,7 @@ def _verdict(status: Document) -> Text:
         return Text("nothing is in PostgreSQL yet: no sync has succeeded", _LEVELS["look"])
     if not status["redis"]["connected"]:
         return Text(f"Redis doesn't answer; {kept}", _LEVELS["look"])
-    checks = status.get("health", {"checks": {}})["checks"]
-    if checks.get("last_success", {"status": "ok"})["status"] == "failed":
+    if status["health"]["checks"]["last_success"]["status"] == "failed":
         return Text(f"not safe: nothing newer than {until} is in PostgreSQL", _LEVELS["act"])
     rejects = sum(sum(reasons.values()) for reasons in status["rejects"].values())
     but = f", but for {rejects:,} reject{'s' if rejects > 1 else ''}" if rejects else ""

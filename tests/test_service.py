@@ -70,6 +70,25 @@ async def test_without_a_daemon(
         assert "ssl" not in err
 
 
+async def test_an_old_success_is_told_without_a_daemon(
+    command: Command, redis: Redis, redis_url: str, postgres_dsn: str, pg: asyncpg.Connection
+) -> None:
+    await redis.set("balance:1", "1.5")
+    jobs = {"hourly": {"cron": "0 * * * *", "job": "sync"}}
+    config = daemon_config(postgres_dsn, redis_url, schedule={"jobs": jobs})
+    assert (await command(config, "sync"))[0] == 0
+    await pg.execute("UPDATE balancesync.runs SET finished_at = finished_at - interval '119 min'")
+    assert (await command(config, "health"))[0] == 0
+    await pg.execute("UPDATE balancesync.runs SET finished_at = finished_at - interval '2 min'")
+    code, out, _ = await command(config, "health")
+    assert (code, out.splitlines()[0]) == (1, "unhealthy")
+    assert "more than two intervals of the schedule" in out
+    assert (await command(config, "status"))[1].startswith("not safe: nothing newer than ")
+    # Where nothing is planned, nothing is late.
+    idle = daemon_config(postgres_dsn, redis_url)
+    assert (await command(idle, "health"))[0] == 0
+
+
 async def test_with_a_daemon(
     command: Command, redis: Redis, redis_url: str, postgres_dsn: str
 ) -> None:

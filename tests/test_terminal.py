@@ -207,6 +207,7 @@ GOOD: dict[str, Any] = {
     "current_run": None,
     "refusal": None,
     "rejects": {},
+    "health": {"checks": {"last_success": {"status": "ok", "detail": ""}}},
 }
 REFUSAL = [{"mapping": "m", "reason": "no key", "refused_at": None}]
 OVERDUE = {"checks": {"last_success": {"status": "failed", "detail": ""}}}
