@@ -1,10 +1,11 @@
-"""PostgreSQL sessions: connecting, what its errors mean, named SQL, locks, the schema's steps.
+"""PostgreSQL sessions: connecting, what its errors mean, named SQL, the schema's steps.
 
 What an error means (SQLSTATE classes: PostgreSQL manual, appendix A):
 
     can't connect, 08*, 57P01-57P03, 53300,      PostgresUnavailable   postpone, try again
     25006 read-only, 55000 recovery, time-outs
     28*, 3D000 user, password, database          ConfigError           someone must act
+    a setting of the DSN that the server refuses ConfigError           someone must act
     42501 a right is missing                     RightMissing          someone must act
     53100 disk full, 53200 out of memory         Transient             try again
     40*, 55P03 locks; 42P01, 42703, 42804, 0A000 Transient, where no   try again
@@ -29,7 +30,6 @@ from balancesync.config import PostgresConfig
 from balancesync.errors import (
     BalanceSyncError,
     ConfigError,
-    LockHeld,
     PostgresUnavailable,
     RightMissing,
     SchemaMissing,
@@ -54,7 +54,6 @@ _SESSION: Final = {
     "tcp_user_timeout": "7000",
 }
 _SESSION_14: Final = {"client_connection_check_interval": "2s", "idle_session_timeout": "0"}
-_LOCK_POLL_S: Final = 0.1
 # One for the daemon's probes, one for a run whose statement takes long.
 _RESERVED: Final = 2
 # Seconds, thirty years of them: to the driver, None would mean the connection's own limit.
@@ -66,6 +65,13 @@ _DRIVER_ERRORS: Final = (
     asyncpg.InternalClientError,
     OSError,
     TimeoutError,
+)
+# What a server says of a setting in the DSN that it doesn't know or take.
+_BAD_SETTING: Final = (
+    asyncpg.UndefinedObjectError,
+    asyncpg.InvalidParameterValueError,
+    asyncpg.CantChangeRuntimeParamError,
+    asyncpg.ClientConfigurationError,
 )
 # Another session held a lock, or changed a table in the middle of the run.
 _PASSING: Final = (
@@ -150,6 +156,7 @@ class Database:
     async def _make_pool(self, size: int) -> Pool:
         return await asyncpg.create_pool(
             self.config.dsn.get_secret_value(),
+            connect=self._open,
             min_size=0,
             max_size=size,
             timeout=self.config.timeout,
@@ -157,6 +164,15 @@ class Database:
             init=_prepare,
             reset=_end_transaction,
         )
+
+    async def _open(self, dsn: str | None = None, **options: Any) -> Connection:
+        try:
+            return await asyncpg.connect(dsn, **options)
+        except _BAD_SETTING as error:
+            # Of a statement's own they would be a bug.
+            said = str(error).splitlines()[0]
+            where = f"PostgreSQL at {self.address}"
+            raise ConfigError(f"{where} can't be asked as postgres.dsn says: {said}") from error
 
     async def ask(
         self,
@@ -206,7 +222,7 @@ class Database:
         and somebody who watches it.
         """
         with self.translated():
-            connection: Connection = await asyncpg.connect(
+            connection = await self._open(
                 self.config.dsn.get_secret_value(),
                 timeout=self.config.timeout,
                 command_timeout=self.config.timeout,
@@ -293,36 +309,6 @@ def translate(error: BaseException, address: str) -> BalanceSyncError | None:
         case OSError():
             return PostgresUnavailable(f"{where} can't be reached: {why_unreachable(error)}")
     return None
-
-
-async def take_lock(
-    connection: Connection, key: int, wait_s: float, while_waiting: Callable[[], None], wanted: int
-) -> None:
-    """Take a session advisory lock, polled for up to `wait_s` seconds; raises LockHeld.
-
-    `while_waiting` is called between two polls; what it raises ends the wait. Who waits holds a
-    share of the lock `wanted`, for `yield_lock` to see.
-
-    Polled and never waited in: a blocked session holds back vacuum in the whole database.
-    """
-    loop = asyncio.get_running_loop()
-    deadline = loop.time() + wait_s
-    shares = False
-    while not await connection.fetchval("SELECT pg_try_advisory_lock($1)", key):
-        if loop.time() >= deadline:
-            raise LockHeld
-        while_waiting()
-        if not shares:
-            shares = await connection.fetchval("SELECT pg_try_advisory_lock_shared($1)", wanted)
-        await asyncio.sleep(_LOCK_POLL_S)
-    if shares:
-        await connection.execute("SELECT pg_advisory_unlock_shared($1)", wanted)
-
-
-async def yield_lock(connection: Connection, key: int, wanted: int) -> bool:
-    """Take a session advisory lock if it's free and nobody waits for it in `take_lock`."""
-    sql = "SELECT CASE WHEN pg_try_advisory_xact_lock($2) THEN pg_try_advisory_lock($1) END"
-    return bool(await connection.fetchval(sql, key, wanted))
 
 
 class Steps:

@@ -11,16 +11,9 @@ from typing import Any, Final, TypeVar
 
 import asyncpg
 
-from balancesync.database import (
-    NO_LIMIT,
-    Connection,
-    Database,
-    load_sql,
-    lock_key,
-    take_lock,
-    yield_lock,
-)
+from balancesync.database import NO_LIMIT, Connection, Database, load_sql, lock_key
 from balancesync.errors import PostgresUnavailable
+from balancesync.locks import take_lock, yield_lock
 
 T = TypeVar("T")
 

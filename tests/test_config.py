@@ -557,6 +557,10 @@ def test_redis_urls_refused(url: str, expected: str, file: Path) -> None:
         "postgres://u:p%40ss%25@h:5432/d?sslmode=require",
         "postgresql:///d?host=/run/postgresql",
         "postgresql://u@a:1,b,[::1]:3/d",
+        "postgresql://h/d?sslmode=verify-full&target_session_attrs=read-write",
+        # Settings of the server.
+        "postgresql://h/d?search_path=a,b&statement_timeout=5s&application_name=x&my.own=1",
+        "postgresql://h/d?ssl_min_protocol_version=TLSv1.3&tcp_user_timeout=5&options=-c%20a%3Db",
     ],
 )
 def test_postgres_dsns_taken(dsn: str, file: Path) -> None:
@@ -573,6 +577,40 @@ def test_postgres_dsns_taken(dsn: str, file: Path) -> None:
         ("mysql://h", "must be a URL"),
         (f"postgresql://h:{SECRET}/d", "must give a server as host:port"),
         (f"postgresql://a:1,b:{SECRET}/d", "must give a server as host:port"),
+        (
+            "postgresql://h/d?connect_timeout=10",
+            "can't have the option connect_timeout, which must go: postgres.timeout is for that",
+        ),
+        (
+            "postgresql://h/d?sslmode=require&channel_binding=require",
+            "can't have the option channel_binding, which must go: the driver has none",
+        ),
+        ("postgresql://h/d?keepalives=1", "can't have the option keepalives, which must go: "),
+        ("postgresql://h/d?gssencmode=disable", "can't have the option gssencmode, which must go"),
+        ("postgresql://h/d?sslmod=require", "has an option that is none; did you mean sslmode?"),
+        (f"postgresql://h/d?{SECRET}", "has an option without a value"),
+        (
+            f"postgresql://h/d?sslmode={SECRET}",
+            "must have one of disable, allow, prefer, require, verify-ca, verify-full as its"
+            " option sslmode",
+        ),
+        (
+            f"postgresql://h/d?ssl_min_protocol_version={SECRET}",
+            "must have one of TLSv1, TLSv1.1, TLSv1.2, TLSv1.3 as its option",
+        ),
+        (f"postgresql://h/d?port={SECRET}", "must have a port as its option port"),
+        (
+            "postgresql://h/d?sslmode=require&sslrootcert=/nowhere/root.crt",
+            "names a file that can't be used as sslrootcert: No such file or directory",
+        ),
+        (
+            f"postgresql://h/d?sslrootcert={__file__}",
+            "names a file that can't be used as sslrootcert: it isn't in PEM",
+        ),
+        (
+            "postgresql://h/d?sslcert=/nowhere/a.crt&sslkey=/nowhere/a.key",
+            "names a file that can't be used as sslcert or sslkey: No such file or directory",
+        ),
     ],
 )
 def test_postgres_dsns_refused(dsn: str, expected: str, file: Path) -> None:

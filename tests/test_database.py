@@ -10,6 +10,7 @@ from balancesync import overview
 from balancesync.config import PostgresConfig
 from balancesync.database import NO_LIMIT, Database
 from balancesync.embedded import PostgresServer
+from balancesync.errors import ConfigError
 from balancesync.session import Session
 
 
@@ -33,6 +34,32 @@ async def test_a_transaction_left_open_is_rolled_back(postgres_dsn: str) -> None
         async with database.acquire() as connection:
             assert not connection.is_in_transaction()
             assert await connection.fetchval("SELECT to_regclass('left_open')") is None
+    finally:
+        await database.close()
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("no_such_setting=1", 'unrecognized configuration parameter "no_such_setting"'),
+        ("statement_timeout=soon", 'invalid value for parameter "statement_timeout": "soon"'),
+        ("shared_buffers=1", 'parameter "shared_buffers" cannot be changed without restarting'),
+    ],
+)
+async def test_a_setting_of_the_dsn_that_the_server_refuses(
+    postgres_dsn: str, setting: str, said: str
+) -> None:
+    dsn = f"{postgres_dsn}{'&' if '?' in postgres_dsn else '?'}{setting}"
+    database = Database(PostgresConfig(dsn=SecretStr(dsn)))
+    where = f"PostgreSQL at {database.address} can't be asked as postgres.dsn says: {said}"
+    try:
+        with pytest.raises(ConfigError) as caught:
+            await database.connect()
+        assert str(caught.value).startswith(where)
+        with pytest.raises(ConfigError) as caught:
+            async with database.acquire():
+                pass
+        assert str(caught.value).startswith(where)
     finally:
         await database.close()
 
