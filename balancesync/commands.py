@@ -316,9 +316,10 @@ async def init(config: Config, args: Namespace) -> int:
 async def status(config: Config, args: Namespace) -> int:
     """What runs, what ran, what the guard refuses, both servers."""
 
-    async def found() -> Document:
+    async def found(why: str) -> Document:
         async with servers(config) as (database, source):
-            return await overview.status(config, database, source)
+            document = await overview.status(config, database, source)
+        return document | {"no_daemon": why}
 
     async def ask() -> Document:
         return await service.ask(config, "/status", found)
@@ -334,7 +335,7 @@ async def status(config: Config, args: Namespace) -> int:
 async def stats(config: Config, args: Namespace) -> int:
     """Totals, durations, rejects."""
 
-    async def found() -> Document:
+    async def found(_why: str) -> Document:
         async with servers(config) as (database, _):
             return await overview.stats(database)
 
@@ -345,7 +346,7 @@ async def stats(config: Config, args: Namespace) -> int:
 async def health(config: Config, args: Namespace) -> int:
     """Whether all is well: 1 if not, 0 also if degraded."""
 
-    async def found() -> Document:
+    async def found(_why: str) -> Document:
         async with servers(config) as (database, source):
             return await overview.health(config, database, source)
 

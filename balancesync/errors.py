@@ -111,7 +111,14 @@ class PostgresUnavailable(Unavailable):
 
 
 class DaemonUnavailable(Unavailable):
-    """No daemon answers; is `balancesync run` up, and http.host and http.port the same?"""
+    """No daemon answers; is `balancesync run` up, and http.host and http.port the same?
+
+    `what` is the message without the way out.
+    """
+
+    def __init__(self, what: str | None = None, way_out: str | None = None) -> None:
+        super().__init__(f"{what}; {way_out}" if way_out else what)
+        self.what = what or str(self)
 
 
 class RunFailed(BalanceSyncError):

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from typing import Final, Literal
 from uuid import UUID
 
-from balancesync import overview
+from balancesync import overview, urls
 from balancesync.config import Config
 from balancesync.database import Database
 from balancesync.documents import Document, run_document
@@ -130,6 +130,8 @@ class Facts:
         return document | {
             "name": self._state.name,
             "leader": self._state.leader_name,
+            "database": urls.postgres_place(self._config.postgres.dsn.get_secret_value()),
+            "schema": self._config.postgres.schema,
             "queued_runs": [str(ticket.run.id) for ticket in self._runner.queued],
             "next_run_at": time_text(min(fires, default=None)),
             "live": self._state.live,

@@ -7,6 +7,7 @@ from time import perf_counter
 from typing import Final, Literal
 from zoneinfo import ZoneInfo
 
+from balancesync import urls
 from balancesync.config import Config, ScheduleConfig
 from balancesync.database import Connection, Database, Steps, load_sql, lock_key
 from balancesync.documents import Document, run_document
@@ -136,8 +137,22 @@ async def status(config: Config, database: Database, source: Source) -> Document
     """
     redis, postgres = await asyncio.gather(probe_redis(source), probe_postgres(database))
     recorded = await read(database) if postgres.connected else None
+    leader = await _ask_leader(database) if postgres.connected else None
     checks = server_checks(redis, postgres) | _checks(config, recorded)
-    return status_document(redis, postgres, recorded) | {"health": health_document(checks)}
+    return status_document(redis, postgres, recorded) | {
+        "database": urls.postgres_place(config.postgres.dsn.get_secret_value()),
+        "schema": config.postgres.schema,
+        "leader": leader,
+        "health": health_document(checks),
+    }
+
+
+async def _ask_leader(database: Database) -> str | None:
+    """The name of the daemon that leads, wherever it listens."""
+    key = lock_key("leader", database.config.schema)
+    async with database.acquire() as connection:
+        name: str | None = await connection.fetchval(load_sql("leadership")["holder"], key)
+    return name
 
 
 def status_document(

@@ -117,6 +117,8 @@ COMPONENTS: Final[dict[str, Schema]] = {
     "Status": record(
         name=TEXT,
         leader=maybe(TEXT),
+        database=TEXT,
+        schema=TEXT,
         state={"type": "string", "enum": ["idle", "running", "standby", "draining"]},
         current_run=maybe(ref("Run")),
         queued_runs=array(RUN_ID),

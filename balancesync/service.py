@@ -14,7 +14,7 @@ from zoneinfo import ZoneInfo
 from balancesync import show
 from balancesync.config import Config
 from balancesync.documents import Document
-from balancesync.errors import DaemonUnavailable, RunFailed
+from balancesync.errors import DaemonUnavailable, RunFailed, Unavailable
 from balancesync.fires import next_fire
 from balancesync.times import short_time_text, time_text
 
@@ -22,21 +22,26 @@ if TYPE_CHECKING:
     from balancesync.client import Client
 
 
-async def ask(config: Config, path: str, otherwise: Callable[[], Awaitable[Document]]) -> Document:
-    """What the daemon says at `path`; when none answers, what `otherwise` finds out."""
+async def ask(
+    config: Config, path: str, otherwise: Callable[[str], Awaitable[Document]]
+) -> Document:
+    """What the daemon says at `path`; else what `otherwise` finds out, told why it doesn't."""
     try:
         return await _daemon(config).get(path)
-    except DaemonUnavailable:
-        return await otherwise()
+    except DaemonUnavailable as error:
+        return await otherwise(error.what)
+    except Unavailable as error:
+        return await otherwise(str(error))
 
 
 async def schedule(config: Config, args: Namespace) -> int:
     """When the jobs run next; without a daemon, when they would."""
 
-    async def planned() -> Document:
+    async def planned(why: str) -> Document:
         zone, now = ZoneInfo(config.schedule.timezone), datetime.now(UTC)
         return {
             "by_daemon": False,
+            "no_daemon": why,
             "jobs": [
                 {
                     "name": name,
@@ -60,7 +65,7 @@ async def schedule(config: Config, args: Namespace) -> int:
         grid.add_row(job["name"], job["cron"], job["job"], *times)
     show.write(grid)
     if not document.get("by_daemon", True):
-        show.write("no daemon answers: these are the times at which one would run")
+        show.write(f"{document['no_daemon']}: these are the times at which one would run")
     return 0
 
 
@@ -109,7 +114,7 @@ def _daemon(config: Config) -> "Client":
     # aiohttp is a third of all that a command imports, and most commands ask no daemon.
     from balancesync.client import Client  # noqa: PLC0415
 
-    return Client(config.http)
+    return Client(config)
 
 
 async def _follow(config: Config, *, as_json: bool) -> None:

@@ -72,7 +72,7 @@ def _facts(status: Document) -> dict[str, str | Text]:
     if "name" in status:
         facts |= _daemon_facts(status)
     else:
-        facts["daemon"] = Text("none answers: nothing runs by itself", "yellow")
+        facts["daemon"] = Text(printable(_without_daemon(status)), "yellow")
     if status["state"] is None:
         return facts
     facts["last success"] = Text("none yet", "yellow")
@@ -90,6 +90,14 @@ def _facts(status: Document) -> dict[str, str | Text]:
         each = ", ".join(f"{count:,} {reason}" for reason, count in sorted(reasons.items()))
         facts[f"rejects of {mapping}"] = Text(each, "yellow")
     return facts
+
+
+def _without_daemon(status: Document) -> str:
+    why: str = status["no_daemon"].replace("no daemon answers", "none answers")
+    if status["leader"] is not None:
+        return f"{why}; {status['leader'] or 'another one'} leads"
+    # Only PostgreSQL knows of one elsewhere.
+    return f"{why}; nothing runs by itself" if status["postgres"]["connected"] else why
 
 
 def _daemon_facts(status: Document) -> dict[str, str | Text]:

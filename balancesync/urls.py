@@ -101,6 +101,27 @@ def check_postgres_dsn(dsn: str) -> None:
     for name, value in options.items():
         _check_option(name, value)
     _check_files(options)
+    postgres_place(dsn)
+
+
+def postgres_place(dsn: str) -> str:
+    """`host:port/database` that a DSN leads to, written in one way however it is named there.
+
+    >>> postgres_place("postgresql://app:secret@127.0.0.1/shop")
+    'localhost:5432/shop'
+    """
+    parts = urlsplit(dsn)
+    options = dict(parse_qsl(parts.query))
+    user, _, hosts = parts.netloc.rpartition("@")
+    places = set()
+    for text in unquote(hosts or options.get("host", "")).lower().split(","):
+        # A socket is a folder of this machine's.
+        host, port = ("", None) if text.startswith("/") else split_address(text)
+        local = host in ("", "localhost", "::1") or host.startswith("127.")
+        places.add(f"{'localhost' if local else host}:{port or options.get('port', 5432)}")
+    named = parts.path[1:] or options.get("dbname") or options.get("database")
+    database = named or user.partition(":")[0] or options.get("user", "")
+    return f"{','.join(sorted(places))}/{unquote(database)}"
 
 
 def _check_option(name: str, value: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from pydantic import SecretStr, ValidationError
 
-from balancesync import settings
+from balancesync import settings, urls
 from balancesync.columns import ColumnType, Template
 from balancesync.config import Config, HttpConfig, JobConfig, MappingConfig, RedisConfig, load
 from balancesync.errors import ConfigError
@@ -616,6 +616,22 @@ def test_postgres_dsns_taken(dsn: str, file: Path) -> None:
 def test_postgres_dsns_refused(dsn: str, expected: str, file: Path) -> None:
     message = fails(None, {"BALANCESYNC_POSTGRES__DSN": dsn})
     assert message.startswith(f"BALANCESYNC_POSTGRES__DSN: {expected}")
+
+
+@pytest.mark.parametrize(
+    ("dsn", "place"),
+    [
+        ("postgresql://u:p@127.0.0.1/d", "localhost:5432/d"),
+        ("postgresql://[::1]:5433/d?user=u", "localhost:5433/d"),
+        ("postgresql:///d?host=/run/postgresql&port=5433", "localhost:5433/d"),
+        ("postgresql://%2Frun%2Fpostgresql/d", "localhost:5432/d"),
+        ("postgresql://u@B:1,a/?dbname=d%2Fe", "a:5432,b:1/d/e"),
+        ("postgresql://u:p@h", "h:5432/u"),
+        ("postgresql://h?user=u", "h:5432/u"),
+    ],
+)
+def test_one_place_has_one_name(dsn: str, place: str) -> None:
+    assert urls.postgres_place(dsn) == place
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "::1", "localhost"])

@@ -4,6 +4,7 @@ import asyncio
 import json
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -18,6 +19,7 @@ from running import Inside, Processes, daemon_config, processes
 from balancesync import cli
 from balancesync.config import Config
 from balancesync.database import lock_key
+from balancesync.embedded import PostgresServer
 from balancesync.model import Request
 
 Command = Callable[..., Awaitable[tuple[int, str, str]]]
@@ -112,6 +114,112 @@ async def test_with_a_daemon(
         assert (code, out, err) == (1, "", "balancesync: nothing runs, and nothing waits")
         code, _, err = await command(config, "cancel", "01900000-0000-7000-8000-000000000000")
         assert (code, "there is no run 01900000" in err) == (1, True)
+
+
+ASKING = ("status", "stats", "health", "schedule")
+TOLD = ("cancel", "events")
+
+
+@asynccontextmanager
+async def answering(kind: str, body: bytes) -> AsyncIterator[int]:
+    """The port of a server that says the same to everybody, and isn't balancesync."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        head = f"HTTP/1.1 200 OK\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n"
+        writer.write(head.encode() + b"Connection: close\r\n\r\n" + body)
+        await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(answer, "127.0.0.1")
+    async with server:
+        yield server.sockets[0].getsockname()[1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        ("text/html", b"<html>"),
+        ("text/event-stream", b"event: x\n\n"),
+        ("application/json", b"[]"),
+        ("application/json", b"{}"),
+        ("application/json", b'{"error": '),
+        ("application/json", b"\xff"),
+    ],
+)
+async def test_something_else_that_listens_is_not_taken_for_the_daemon(
+    command: Command, redis_url: str, postgres_dsn: str, kind: str, body: bytes
+) -> None:
+    async with answering(kind, body) as port:
+        config = daemon_config(postgres_dsn, redis_url, http={"port": port})
+        assert (await command(config, "init"))[0] == 0
+        where = f"answers at 127.0.0.1:{port}: something else listens there"
+        for asked in ASKING:
+            code, out, err = await command(config, asked)
+            assert (code, err) == (0, ""), asked
+            if asked in ("status", "schedule"):
+                assert where in out
+        for asked in TOLD:
+            code, out, err = await command(config, asked)
+            assert (code, out) == (75, "")
+            assert err.startswith(f"balancesync: no daemon {where}; set http.host and http.port")
+
+
+async def test_the_daemon_of_another_installation_is_not_taken_for_ours(
+    command: Command, redis_url: str, postgres_dsn: str
+) -> None:
+    theirs = daemon_config(postgres_dsn, redis_url, postgres={"schema": "theirs"})
+    port = theirs.http.port
+    ours = daemon_config(postgres_dsn, redis_url, http={"port": port})
+    assert (await command(ours, "init"))[0] == 0
+    async with Inside(theirs) as inside:
+        await inside.leads()
+        ticket, _ = inside.runner.submit(Request("sync", "cron:hourly"))
+        ticket.due += 600
+        said = f"the daemon at 127.0.0.1:{port} is of another database, localhost:"
+        code, out, _ = await command(ours, "status", "--json")
+        assert (code, json.loads(out)["schema"]) == (0, "balancesync")
+        assert json.loads(out)["no_daemon"].startswith(said)
+        code, out, _ = await command(ours, "stats", "--json")
+        assert (code, "since_start" in json.loads(out)) == (0, False)
+        assert said in (await command(ours, "schedule"))[1]
+        for asked in (("cancel",), ("cancel", str(ticket.run.id)), ("events",)):
+            code, out, err = await command(ours, *asked)
+            assert (code, out) == (75, "")
+            assert err.startswith(f"balancesync: {said}")
+            assert " with the schema theirs, and not of " in err
+        assert inside.runner.queued == (ticket,)
+        # However its database is named.
+        named = urlsplit(postgres_dsn.replace("127.0.0.1", "localhost"))
+        same = replace(theirs, postgres=replace(theirs.postgres, dsn=SecretStr(named.geturl())))
+        assert (await command(same, "cancel"))[0] == 0
+
+
+async def test_a_daemon_that_leads_elsewhere_is_named(
+    command: Command, redis_url: str, postgres_dsn: str
+) -> None:
+    config = daemon_config(postgres_dsn, redis_url)
+    async with Inside(config) as inside:
+        await inside.leads()
+        elsewhere = daemon_config(postgres_dsn, redis_url)
+        code, out, _ = await command(elsewhere, "status")
+    name = inside.daemon.state.name
+    refused = f"none answers at 127.0.0.1:{elsewhere.http.port}: connection refused; {name} leads"
+    assert (code, refused in out) == (0, True)
+
+
+async def test_stats_while_postgres_is_away_says_so_with_a_daemon_too(
+    command: Command, redis_url: str, private_postgres: Callable[..., PostgresServer]
+) -> None:
+    server = private_postgres()
+    config = daemon_config(server.dsn, redis_url)
+    async with Inside(config) as inside:
+        await inside.leads()
+        server.kill()
+        await inside.log.next("postgres", connected=False)
+        code, out, err = await command(config, "stats")
+    assert (code, out) == (75, "")
+    assert "can't be reached: connection refused" in err
 
 
 async def test_cancel_ends_what_runs_and_then_what_waits(

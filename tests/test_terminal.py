@@ -208,6 +208,8 @@ GOOD: dict[str, Any] = {
     "refusal": None,
     "rejects": {},
     "health": {"checks": {"last_success": {"status": "ok", "detail": ""}}},
+    "no_daemon": "no daemon answers at localhost:1: connection refused",
+    "leader": None,
 }
 REFUSAL = [{"mapping": "m", "reason": "no key", "refused_at": None}]
 OVERDUE = {"checks": {"last_success": {"status": "failed", "detail": ""}}}
@@ -235,6 +237,23 @@ def test_a_daemon_tells_more(capsys: pytest.CaptureFixture[str]) -> None:
     assert ["live mode", "up, the last changes took 120 ms, 3 keys wait"] in cells
     assert ["progress", "reading m: 10 of 40 (25%)"] in cells
     assert ["daemon", "running, a:1"] in cells
+
+
+@pytest.mark.parametrize(
+    ("otherwise", "said"),
+    [
+        ({}, "connection refused; nothing runs by itself"),
+        ({"leader": "there:2"}, "connection refused; there:2 leads"),
+        ({"leader": ""}, "connection refused; another one leads"),
+        ({"postgres": DOWN}, "connection refused"),
+    ],
+)
+def test_who_leads_where_no_daemon_answers(
+    otherwise: dict[str, Any], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    standing.show_status(GOOD | otherwise)
+    cells = [re.split("  +", line) for line in capsys.readouterr().out.splitlines()]
+    assert ["daemon", f"none answers at localhost:1: {said}"] in cells
 
 
 @pytest.mark.parametrize(
