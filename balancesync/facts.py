@@ -138,6 +138,7 @@ class Facts:
             "live_reason": self._state.live_reason,
             "live_pending": self._state.live_pending,
             "live_lag_s": _rounded(self._state.live_lag_s),
+            "live_copied_at": time_text(self._state.live_copied_at),
             "health": self._health(recorded)[1],
             "recorded_age_s": None if recorded is None else round(self._records.age_s, 3),
         }

@@ -230,7 +230,7 @@ class Live:
             self._pending.forget()
             self._flusher.forget()
             self._count(0)
-            self._state.live_lag_s = None
+            self._state.forget_lags()
             self._free(self._settling)
 
     def _start_up(self) -> None:
@@ -322,7 +322,7 @@ class Live:
             self._pending.rest(piece, begun, loop.time())
             lags = [loop.time() - at for at in self._pending.arrivals()]
             self._metrics.count_flush(counts, lags)
-            self._state.live_lag_s = max(lags, default=self._state.live_lag_s)
+            self._state.remember_lags(lags)
             self._pause = _PAUSE_S
             self._tell("up")
             self._gather(tracking)

@@ -168,6 +168,7 @@ def status_document(
         "safe_until": None,
         "refusal": None,
         "rejects": None,
+        "not_found": None,
     }
     if recorded is not None:
         current, last, success = recorded.current, recorded.last, recorded.success
@@ -181,6 +182,7 @@ def status_document(
             "safe_until": time_text(success.started_at) if success else None,
             "refusal": recorded.refusals or None,
             "rejects": recorded.rejects,
+            "not_found": success.counts.not_found if success else None,
         }
     return document | {"redis": asdict(redis), "postgres": asdict(postgres)}
 

@@ -58,11 +58,23 @@ def _verdict(status: Document) -> Text:
         return Text(f"Redis doesn't answer; {kept}", _LEVELS["look"])
     if status["health"]["checks"]["last_success"]["status"] == "failed":
         return Text(f"not safe: nothing newer than {until} is in PostgreSQL", _LEVELS["act"])
-    rejects = sum(sum(reasons.values()) for reasons in status["rejects"].values())
-    but = f", but for {rejects:,} reject{'s' if rejects > 1 else ''}" if rejects else ""
     last = status["last_run"]
     well = last is None or last["mode"] != "apply" or last["status"] in _WELL
-    return Text(f"safe: {kept}{but}", _LEVELS["safe" if well else "look"])
+    return Text(f"safe: {kept}{_exceptions(status)}", _LEVELS["safe" if well else "look"])
+
+
+def _exceptions(status: Document) -> str:
+    """What Redis holds and PostgreSQL doesn't."""
+    counts = {
+        "reject": sum(sum(reasons.values()) for reasons in status["rejects"].values()),
+        "key": status["not_found"],
+    }
+    told = [
+        f"{count:,} {name}{'' if count == 1 else 's'}" for name, count in counts.items() if count
+    ]
+    if counts["key"]:
+        told[-1] += " without a row"
+    return f", but for {' and '.join(told)}" if told else ""
 
 
 def _facts(status: Document) -> dict[str, str | Text]:
@@ -121,8 +133,9 @@ def _live_text(status: Document) -> Text:
     text = Text(status["live"], {"off": "", "up": "green"}.get(status["live"], "yellow"))
     if status["live_reason"]:
         text.append(f": {printable(status['live_reason'])}")
-    if status["live"] == "up" and status["live_lag_s"] is not None:
-        text.append(f", the last changes took {ago(status['live_lag_s'])}")
+    if status["live"] == "up" and status["live_copied_at"] is not None:
+        took = ago(status["live_lag_s"])
+        text.append(f", the last changes took {took} at {moment(status['live_copied_at'])}")
     if status["live_pending"]:
         text.append(f", {status['live_pending']:,} keys wait")
     return text

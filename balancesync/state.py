@@ -1,7 +1,7 @@
 """What the daemon knows of itself and of both servers, and the events it tells of them."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -21,8 +21,8 @@ _BACKLOG: Final = 1000
 class State:
     """The daemon at a moment. `leader_name` is whoever leads; None if nobody is known to.
 
-    Of live mode: why it is as it is, how many keys wait, and how long the slowest change of the
-    last flush took, in seconds.
+    Of live mode: why it is as it is, how many keys wait, when the last flush was, and how long its
+    slowest change took, in seconds.
     """
 
     name: str
@@ -37,6 +37,16 @@ class State:
     live_reason: str | None = None
     live_pending: int = 0
     live_lag_s: float | None = None
+    live_copied_at: datetime | None = None
+
+    def remember_lags(self, lags: Sequence[float]) -> None:
+        """Live mode has copied changes; `lags` are how long they took, in seconds."""
+        if lags:
+            self.live_lag_s, self.live_copied_at = max(lags), datetime.now(UTC)
+
+    def forget_lags(self) -> None:
+        """Live mode copies nothing for now."""
+        self.live_lag_s = self.live_copied_at = None
 
 
 @dataclass(frozen=True, slots=True)

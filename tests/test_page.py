@@ -8,7 +8,7 @@ import asyncpg
 import pytest
 import structlog
 from browser import chromium, tab
-from engine import waiting
+from engine import USERS, waiting
 from playwright.async_api import Browser
 from redis.asyncio import Redis
 from running import Inside, daemon_config
@@ -107,6 +107,9 @@ async def test_a_server_that_is_down(
             await page.until("#redis", "up")
             postgres_server.kill()
             await page.until("#verdict-title", "PostgreSQL doesn't answer")
+            # It was none, but who knows what the application has written since?
+            await page.until("#open", "PostgreSQL can't tell now")
+            await page.until("#rejects-none", "Not known: PostgreSQL can't tell now.")
             await page.look("postgres-down")
         async with tab(browser, address(config)) as page:
             await page.until("#verdict-title", "PostgreSQL doesn't answer")
@@ -140,7 +143,7 @@ async def test_live_mode(browser: Browser, postgres_dsn: str, redis_url: str, re
         await page.until("#live", "up")
         await page.until("#verdict-title", "what changes follows live")
         await redis.set("balance:7", "8.5")
-        await page.until("#live", "Changes are copied within")
+        await page.until("#live", "The last changes took")
         # Its runs, one a minute, would hide the others.
         assert await page.page.locator("#runs tbody tr").count() == 1
         await page.look("live")
@@ -198,6 +201,22 @@ async def test_a_hundred_thousand_rejects(
             await page.until("#samples-title", "the newest 20 of")
             await page.until("#samples", "balancesync rejects --mapping balances --reason")
             await page.look("many-rejects")
+
+
+async def test_keys_without_a_row_are_no_part_of_what_is_safe(
+    browser: Browser, postgres_dsn: str, redis_url: str, redis: Redis, pg: asyncpg.Connection
+) -> None:
+    await pg.execute(
+        "CREATE TABLE users (telegram_id bigint PRIMARY KEY, balance bigint, sync_at timestamptz)"
+    )
+    await pg.execute("INSERT INTO users VALUES (1, 0)")
+    await redis.mset({"1": "10", "2": "20", "3": "30"})
+    config = daemon_config(postgres_dsn, redis_url, USERS)
+    async with Inside(config) as daemon, tab(browser, address(config)) as page:
+        await daemon.leads()
+        await daemon.api.sync()
+        assert (await daemon.api.document("/status"))["not_found"] == 2
+        await page.until("#verdict-title", "is in PostgreSQL, but for 2 keys without a row")
 
 
 async def test_a_run_under_way_and_its_cancel(
@@ -274,8 +293,13 @@ async def test_a_dry_run_shows_exact_texts_and_no_markup(
         assert await page.page.evaluate("document.activeElement.id") == "found-title"
         await page.look("dry-run")
         await daemon.api.sync()
+        # What has been written is no difference any more.
+        await page.page.wait_for_selector("#found", state="hidden")
+        assert await page.page.evaluate("document.activeElement.id") == "dry"
         await page.page.click("#rejects button")
         await page.until("#samples tbody", f"\\u202e{MARKUP}")
+        await page.until("#samples-title", "all 1")
+        assert await page.page.is_hidden("#samples-all")
         assert await page.page.locator("main img").count() == 0
         assert page.said == []
 

@@ -207,6 +207,7 @@ GOOD: dict[str, Any] = {
     "current_run": None,
     "refusal": None,
     "rejects": {},
+    "not_found": 0,
     "health": {"checks": {"last_success": {"status": "ok", "detail": ""}}},
     "no_daemon": "no daemon answers at localhost:1: connection refused",
     "leader": None,
@@ -223,6 +224,7 @@ LIVE: dict[str, Any] = {
     "live": "up",
     "live_reason": None,
     "live_lag_s": 0.12,
+    "live_copied_at": "2026-01-31T02:00:02.000Z",
     "live_pending": 3,
     "next_run_at": None,
     "queued_runs": [],
@@ -234,7 +236,8 @@ def test_a_daemon_tells_more(capsys: pytest.CaptureFixture[str]) -> None:
     current = GOOD["last_run"] | {"status": "running", "duration_s": None, "progress": progress}
     standing.show_status(GOOD | LIVE | {"current_run": current, "state": "running"})
     cells = [re.split("  +", line) for line in capsys.readouterr().out.splitlines()]
-    assert ["live mode", "up, the last changes took 120 ms, 3 keys wait"] in cells
+    at = "2026-01-31T02:00:02Z"
+    assert ["live mode", f"up, the last changes took 120 ms at {at}, 3 keys wait"] in cells
     assert ["progress", "reading m: 10 of 40 (25%)"] in cells
     assert ["daemon", "running, a:1"] in cells
 
@@ -262,6 +265,11 @@ def test_who_leads_where_no_daemon_answers(
         ({}, f"safe: {UNTIL}"),
         ({"rejects": {"m": {"residue": 1}}}, f"safe: {UNTIL}, but for 1 reject"),
         ({"rejects": {"m": {"residue": 1, "x": 2}}}, f"safe: {UNTIL}, but for 3 rejects"),
+        ({"not_found": 1}, f"safe: {UNTIL}, but for 1 key without a row"),
+        (
+            {"rejects": {"m": {"residue": 4}}, "not_found": 2},
+            f"safe: {UNTIL}, but for 4 rejects and 2 keys without a row",
+        ),
         ({"redis": DOWN}, f"Redis doesn't answer; {UNTIL}"),
         ({"postgres": DOWN}, f"PostgreSQL doesn't answer; {UNTIL}, the rest is in Redis alone"),
         ({"postgres": DOWN, "safe_until": None}, "PostgreSQL doesn't answer"),

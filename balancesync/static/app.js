@@ -25,6 +25,7 @@ const state = {
   flows: false, // whether the events come
   pace: null,
   dryRun: null, // the dry run that was asked for here, to be shown when it has ended
+  found: null, // the dry run that is shown
   busy: null, // what is being asked for, and not yet answered
   silence: 0,
   drawn: {}, // what was shown last, by its part
@@ -79,7 +80,18 @@ function take(run) {
   if (!ENDED(run) || run.job === "live") return;
   state.runs.set(run.id, run);
   // An id sorts by the time it was made.
+  if (state.found && run.id > state.found && wrote(run)) closeFound();
   for (const id of [...state.runs.keys()].sort().slice(0, -KEPT_RUNS)) state.runs.delete(id);
+}
+
+// Whether what a dry run found before is no longer so.
+function wrote(run) {
+  return run.mode === "apply" && (run.status === "succeeded" || run.inserted + run.updated + run.deleted > 0);
+}
+
+function closeFound() {
+  state.found = null;
+  view.hideFound();
 }
 
 function newest() {
@@ -155,9 +167,9 @@ function render() {
     showSafety();
     view.showState(status);
     if (state.lost !== null) view.say("state", "unknown", "pill");
-    view.showServers(status, state.lost === null ? null : words.moment(state.heard, now()));
+    view.showServers(status, now(), state.lost === null ? null : words.moment(state.heard, now()));
     if (isNew("refusal", status.refusal)) view.showRefusal(status, now());
-    if (isNew("rejects", status.rejects)) {
+    if (isNew("rejects", [status.rejects, words.noRejects(status)])) {
       view.showRejects(status, (row) => act("samples", () => samples(row)));
     }
     showRuns();
@@ -275,6 +287,7 @@ async function showDryRun() {
   await act("dry run", async () => {
     const run = await ask(`runs/${id}`);
     if (!run) return "";
+    state.found = id;
     view.showFound(run);
     return `The dry run ${run.status}`;
   });
@@ -285,10 +298,7 @@ function wire() {
   on("sync", () => act("sync", () => start("force-sync", "sync")));
   on("dry", () => act("dry run", () => start("force-sync?dry_run=true", "dry run")));
   on("cancel", () => act("cancel", cancel));
-  on("found-close", () => {
-    view.byId("found").hidden = true;
-    view.byId("dry").focus();
-  });
+  on("found-close", closeFound);
   on("more", () => {
     state.shown = KEPT_RUNS;
     showRuns();

@@ -78,7 +78,7 @@ export function showTimes(status, elapsed, now) {
 }
 
 // `then`: when the daemon was heard last, if it isn't any more; null while it is.
-export function showServers(status, then) {
+export function showServers(status, now, then) {
   const show = then
     ? (id, text) => tile(id, "unknown", "", `${words.capital(text)} as of ${then}`)
     : tile;
@@ -90,13 +90,13 @@ export function showServers(status, then) {
     show(name, server.connected ? "up" : "down", server.connected ? "ok" : "bad", detail);
   }
   const level = { off: "", up: "ok", "catching up": "warn", down: "bad" }[status.live];
-  show("live", status.live, level, words.live(status));
+  show("live", status.live, level, words.live(status, now));
   const rows = words.rejectsOf(status);
   const sum = rows.reduce((total, row) => total + row.number, 0);
   const over = status.health.checks.rejects?.status === "degraded";
   const kinds = rows.length > 1 ? `${words.plural(rows.length, "kind", "kinds")}, most: ${rows[0].name}` : rows[0]?.name;
-  show("open", status.rejects ? words.count(sum) : "unknown", sum ? (over ? "bad" : "warn") : "",
-    kinds ?? (status.rejects ? "Every record could be stored" : "PostgreSQL hasn't told yet"));
+  const none = words.noRejects(status);
+  show("open", sum || none.known ? words.count(sum) : "unknown", sum ? (over ? "bad" : "warn") : "", kinds ?? none.short);
 }
 
 function tile(id, text, level, detail) {
@@ -170,7 +170,7 @@ function runRows(run, now) {
 
 export function showRejects(status, onSamples) {
   const rows = words.rejectsOf(status);
-  say("rejects-none", status.rejects ? "None: every record that Redis holds could be stored." : "Not known yet.");
+  say("rejects-none", words.noRejects(status).long);
   byId("rejects-none").hidden = rows.length > 0;
   byId("rejects").parentElement.hidden = rows.length === 0;
   if (!rows.length) byId("samples").hidden = true;
@@ -190,6 +190,7 @@ function rejectRow(row, onSamples) {
 export function showSamples(row, rejects, now) {
   const first = rejects.length < row.number ? `the newest ${rejects.length} of ${words.count(row.number)}` : `all ${rejects.length}`;
   say("samples-title", `${row.name} in ${row.mapping}: ${first}`);
+  byId("samples-all").parentElement.hidden = rejects.length >= row.number;
   say("samples-all", `balancesync rejects --mapping ${row.mapping} --reason ${row.name} --limit ${row.number}`);
   fill(byId("samples").querySelector("tbody"), rejects.map((each) => make("tr", "",
     make("td", "text", make("code", "", cut(each.key)), make("small", "", cut(each.detail))),
@@ -216,6 +217,14 @@ export function showFound(run) {
   body.replaceChildren(...parts);
   byId("found").hidden = false;
   byId("found-title").focus();
+}
+
+export function hideFound() {
+  const panel = byId("found");
+  if (panel.hidden) return;
+  const held = panel.contains(document.activeElement);
+  panel.hidden = true;
+  if (held) byId("dry").focus();
 }
 
 function scroll(inner, label) {

@@ -80,11 +80,13 @@ export function asked(trigger) {
   return name ? `by schedule: ${name}` : (by[kind] ?? trigger);
 }
 
-export function live(status) {
+export function live(status, now) {
   if (status.live === "off") return status.live_reason ?? "Changes are copied by the runs alone";
   const waiting = status.live_pending && plural(status.live_pending, "key waits", "keys wait");
-  const lag = status.live_lag_s === null ? "as they are made" : `within ${span(status.live_lag_s)}`;
-  const how = status.live === "up" ? `Changes are copied ${lag}` : status.live_reason;
+  // An old lag is none that goes on.
+  const at = status.live_copied_at && moment(status.live_copied_at, now);
+  const up = at ? `The last changes took ${span(status.live_lag_s)} at ${at}` : "Changes are copied as they are made";
+  const how = status.live === "up" ? up : status.live_reason;
   return capital([how, waiting].filter(Boolean).join("; "));
 }
 
@@ -104,6 +106,14 @@ export function rejectsOf(status) {
     for (const [name, number] of Object.entries(reasons)) rows.push({ mapping, name, number });
   }
   return rows.sort((a, b) => b.number - a.number);
+}
+
+// What there is to say where no reject is open, or none is known.
+export function noRejects(status) {
+  const away = status.health.checks.schema.status !== "ok";
+  if (!status.rejects) return { known: false, short: "PostgreSQL hasn't told yet", long: "Not known yet." };
+  if (away) return { known: false, short: "PostgreSQL can't tell now", long: "Not known: PostgreSQL can't tell now." };
+  return { known: true, short: "Every record could be stored", long: "None: every record that Redis holds could be stored." };
 }
 
 // Whether the balances are safe: { level: ok | warn | bad | wait, title, detail }.
@@ -159,7 +169,11 @@ function never(status, last) {
 
 function since(status, last, until) {
   const rejects = rejectsOf(status).reduce((sum, row) => sum + row.number, 0);
-  const but = rejects ? `, but for ${plural(rejects, "reject", "rejects")}` : "";
+  const exceptions = [
+    rejects && plural(rejects, "reject", "rejects"),
+    status.not_found && `${plural(status.not_found, "key", "keys")} without a row`,
+  ].filter(Boolean);
+  const but = exceptions.length ? `, but for ${exceptions.join(" and ")}` : "";
   const more = status.live === "up" ? "; what changes follows live" : "";
   const title = `Safe: everything up to ${until} is in PostgreSQL${but}${more}`;
   const worries = [];
