@@ -12,8 +12,8 @@ from typing import Any, Final
 from balancesync import table as tables
 from balancesync.config import Config, MappingConfig
 from balancesync.database import Connection, Database, Steps, load_sql, quote
-from balancesync.errors import BalanceSyncError, TargetMismatch, Unavailable
-from balancesync.findings import Finding, Level, failure
+from balancesync.errors import BalanceSyncError, SchemaTooNew, TargetMismatch, Unavailable
+from balancesync.findings import Finding, failure
 from balancesync.nodes import Facts
 from balancesync.records import Records
 from balancesync.sampling import look_at_sample
@@ -113,8 +113,11 @@ def _judge_persistence(fact: Facts) -> list[Finding]:
     if fact.appendonly:
         return [Finding("ok", "redis", f"{where} keeps an append-only file")]
     if fact.save is None:
-        text = f"{where} has no append-only file, and this user may not ask for its save points"
-        return [Finding("ok", "redis", text)]
+        text = (
+            f"{where} has no append-only file, and may keep nothing on disk at all: this user may"
+            " not ask for its save points; CONFIG SET appendonly yes; or allow +config|get"
+        )
+        return [Finding("warning", "redis", text)]
     lost = "what changed since the last sync is lost with it"
     if fact.save:
         text = (
@@ -213,12 +216,13 @@ async def _check_schema(
             yield Finding("error", "postgres", f"{text}; run `balancesync init` as its owner")
             return
         lacking = await connection.fetch(sql["own_tables"], database.schema)
+    if taken < steps.newest:
+        yield _judge_older(schema, taken)
+        return
     try:
         await steps.check(connection)
-    except BalanceSyncError as error:
-        # A sync upgrades by itself; only a newer schema stops it.
-        level: Level = "ok" if taken < steps.newest else "error"
-        yield Finding(level, "postgres", str(error))
+    except SchemaTooNew as error:
+        yield failure("postgres", error)
         return
     if lacking:
         names = ", ".join(row["name"] for row in lacking)
@@ -233,6 +237,13 @@ async def _check_schema(
         if each.refusal is not None:
             text = f"the guard refuses to follow Redis: {each.refusal}"
             yield Finding("warning", name, f"{text}; `balancesync status` has the ways out")
+
+
+def _judge_older(schema: str, taken: int) -> Finding:
+    has = "an older balancesync's tables" if taken else "no tables of balancesync's own yet"
+    does = "upgrades" if taken else "creates"
+    text = f"schema {schema} has {has}: `balancesync init` or a sync {does} them"
+    return Finding("ok", "postgres", text)
 
 
 async def _check_tables(

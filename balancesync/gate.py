@@ -13,7 +13,7 @@ from aiohttp import web
 from balancesync.config import HttpConfig
 from balancesync.listener import HttpProblem
 
-_LOOPBACK: Final = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:[0-9]{1,5})?", re.IGNORECASE)
+_LOOPBACK: Final = ("localhost", "127.0.0.1", "[::1]")
 _BEARER: Final = "bearer "
 
 
@@ -22,16 +22,20 @@ class Gate:
 
     def __init__(self, config: HttpConfig) -> None:
         self._token = config.token.get_secret_value().encode()
+        # Without a token http.host is an address of this machine, too, which no rebinding can name.
+        own = f"[{config.host}]" if ":" in config.host else config.host
+        self._names = tuple(dict.fromkeys((*_LOOPBACK, own.lower())))
+        names = "|".join(map(re.escape, self._names))
+        self._own = re.compile(rf"({names})(:[0-9]{{1,5}})?", re.IGNORECASE)
 
     def check_origin(self, request: web.BaseRequest) -> None:
         """Refuse what was asked under a foreign name or from a foreign page."""
         hosts = request.headers.getall("Host", [])
         host = hosts[0] if len(hosts) == 1 else ""
-        if not self._token and not _LOOPBACK.fullmatch(host):
+        if not self._token and not self._own.fullmatch(host):
+            names = f"{', '.join(self._names[:-1])} or {self._names[-1]}"
             raise HttpProblem(
-                403,
-                "foreign_host",
-                "without http.token only Host localhost, 127.0.0.1 or [::1] is served",
+                403, "foreign_host", f"without http.token only Host {names} is served"
             )
         own = (f"http://{host}".lower(), f"https://{host}".lower())
         if any(origin.lower() not in own for origin in request.headers.getall("Origin", [])):

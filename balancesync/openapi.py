@@ -27,7 +27,7 @@ _ERRORS: Final = {
     503: "A server can't be asked, or balancesync is stopping.",
 }
 # What any request may get, whatever it asks.
-_ANY: Final = (400, 405, 413, 500)
+_ANY: Final = (400, 405, 408, 413, 500)
 
 
 def _parameter(name: str, schema: Schema, text: str, *, place: str = "query") -> Schema:
@@ -118,7 +118,7 @@ def _force_sync(mappings: Schema) -> Schema:
             200: _answer("With `wait`: the run, which has ended.", ref("Run")),
             202: _answer("The run has started or waits its turn.", ref("Accepted")),
         },
-        errors=(408, 409, 422, 503),
+        errors=(409, 422, 503),
         secret=True,
         parameters=(
             _parameter("wait", {**FLAG, "default": False}, "Answer when the run has ended."),
@@ -164,7 +164,7 @@ def _cancel(by_id: Schema) -> Schema:
         "cancelRun",
         "cancels a run that waits, or the running one at its next batch",
         {202: _answer("It is cancelled, or will be at its next batch.", ref("Cancelled"))},
-        errors=(404, 408, 409, 422, 503),
+        errors=(404, 409, 422, 503),
         secret=True,
         parameters=(by_id,),
     )
@@ -214,7 +214,7 @@ def _clear_cache() -> Schema:
         "clearCache",
         "forgets what the daemon keeps for itself, never a balance",
         {200: _answer("What was forgotten; null: PostgreSQL couldn't be asked.", ref("Cleared"))},
-        errors=(408, 409, 422, 503),
+        errors=(409, 422, 503),
         secret=True,
     )
 

@@ -8,7 +8,7 @@ from typing import Final, Literal
 from zoneinfo import ZoneInfo
 
 from balancesync import urls
-from balancesync.config import Config, ScheduleConfig
+from balancesync.config import Config, RedisConfig, ScheduleConfig
 from balancesync.database import Connection, Database, Steps, load_sql, lock_key
 from balancesync.documents import Document, run_document
 from balancesync.errors import BalanceSyncError
@@ -40,7 +40,7 @@ class Server:
     error: str | None = None
 
 
-async def probe_redis(source: Source) -> Server:
+async def probe_redis(config: RedisConfig, source: Source) -> Server:
     """Ask Redis who it is."""
     try:
         async with asyncio.timeout(_PROBE_S):
@@ -49,7 +49,9 @@ async def probe_redis(source: Source) -> Server:
     except BalanceSyncError as error:
         return Server(connected=False, error=str(error))
     except TimeoutError:
-        return Server(connected=False, error=f"Redis didn't answer in {_PROBE_S:g} s")
+        tls = config.url.get_secret_value().startswith("rediss:")
+        doubt = "; does it speak TLS?" if tls else ""
+        return Server(connected=False, error=f"Redis didn't answer in {_PROBE_S:g} s{doubt}")
     return Server(
         connected=True,
         address=identity.address,
@@ -135,7 +137,9 @@ async def status(config: Config, database: Database, source: Source) -> Document
 
     Without PostgreSQL all but the servers is null. Raises SchemaMissing, SchemaTooNew.
     """
-    redis, postgres = await asyncio.gather(probe_redis(source), probe_postgres(database))
+    redis, postgres = await asyncio.gather(
+        probe_redis(config.redis, source), probe_postgres(database)
+    )
     recorded = await read(database) if postgres.connected else None
     leader = await _ask_leader(database) if postgres.connected else None
     checks = server_checks(redis, postgres) | _checks(config, recorded)
@@ -233,7 +237,9 @@ def planned_interval(schedule: ScheduleConfig, now: datetime) -> float:
 
 async def health(config: Config, database: Database, source: Source) -> Document:
     """Whether all is well, check by check: `healthy`, `degraded` or `unhealthy`."""
-    redis, postgres = await asyncio.gather(probe_redis(source), probe_postgres(database))
+    redis, postgres = await asyncio.gather(
+        probe_redis(config.redis, source), probe_postgres(database)
+    )
     checks = server_checks(redis, postgres)
     recorded = None
     if postgres.connected:

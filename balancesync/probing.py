@@ -91,7 +91,7 @@ class Probing:
     async def probe(self) -> None:
         """Ask both servers once; tells of what changed."""
         redis, postgres = await asyncio.gather(
-            probe_redis(self._source), probe_postgres(self._database)
+            probe_redis(self._config.redis, self._source), probe_postgres(self._database)
         )
         self._tell("redis", self._state.redis, redis)
         self._tell("postgres", self._state.postgres, postgres)

@@ -162,6 +162,16 @@ async def test_redis_that_forgets(
     assert said in " ".join(texts(found, level, "redis"))
 
 
+async def test_a_redis_that_may_keep_nothing_for_all_this_user_may_ask(
+    config: Config, private_redis: Callable[..., RedisServer]
+) -> None:
+    server = private_redis({"user least": "on >least ~* +@all -config"})
+    url = server.url.replace("redis://", "redis://least:least@")
+    found = await examine(replace(config, redis=RedisConfig(url=SecretStr(url))))
+    said = " ".join(texts(found, "warning", "redis"))
+    assert "may keep nothing on disk at all: this user may not ask for its save points" in said
+
+
 async def test_evicted_keys(config: Config, private_redis: Callable[..., RedisServer]) -> None:
     server = private_redis({"maxmemory": "4mb", "maxmemory-policy": "allkeys-random"})
     async with Redis.from_url(server.url, protocol=2) as client:
@@ -381,3 +391,12 @@ async def test_a_database_that_may_lose_what_is_written(
     await pg.execute(f"ALTER DATABASE {database} SET synchronous_commit = off")
     [warning] = texts(await examine(config), "warning", "postgres")
     assert "crash of PostgreSQL can lose" in warning
+
+
+async def test_a_schema_without_tables_needs_nothing_done(
+    config: Config, pg: asyncpg.Connection
+) -> None:
+    await pg.execute("CREATE SCHEMA balancesync")
+    said = texts(await examine(config), "ok", "postgres")
+    none = "schema balancesync has no tables of balancesync's own yet"
+    assert f"{none}: `balancesync init` or a sync creates them" in said

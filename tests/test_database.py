@@ -1,4 +1,4 @@
-"""Pooled connections: what they bring along each time they are borrowed, and who may have them."""
+"""Connections, pooled or not: what they bring along, who may have them, what their servers say."""
 
 import asyncio
 from collections.abc import Callable
@@ -7,11 +7,12 @@ import pytest
 from pydantic import SecretStr
 
 from balancesync import overview
-from balancesync.config import PostgresConfig
+from balancesync.config import PostgresConfig, RedisConfig
 from balancesync.database import NO_LIMIT, Database
 from balancesync.embedded import PostgresServer
 from balancesync.errors import ConfigError
 from balancesync.session import Session
+from balancesync.source import Source
 
 
 async def test_a_pooled_connection_keeps_its_settings(postgres_dsn: str) -> None:
@@ -85,6 +86,16 @@ async def test_a_server_that_hangs_is_told_in_time(
     finally:
         server.resume()
         await database.close()
+
+
+async def test_a_redis_that_is_silent_may_speak_no_tls(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(overview, "_PROBE_S", 0.3)
+    config = RedisConfig(url=SecretStr(redis_url.replace("redis://", "rediss://")))
+    async with Source(config) as source:
+        found = await overview.probe_redis(config, source)
+    assert found.error == "Redis didn't answer in 0.3 s; does it speak TLS?"
 
 
 async def test_a_pool_that_is_used_up_is_no_dead_server(postgres_dsn: str) -> None:

@@ -86,6 +86,13 @@ async def test_every_route_is_described_and_the_other_way_round(
         assert site.web.paths == prefixes
 
 
+def test_whatever_is_asked_may_come_too_slowly() -> None:
+    """A body is waited for also where none is wanted."""
+    for path, operations in document()["paths"].items():
+        for method, operation in operations.items():
+            assert "408" in operation["responses"], (method, path)
+
+
 def ask_everything(address: str, token: str) -> dict[str, set[int]]:
     """Ask what the document allows and what it doesn't; give the statuses by operation."""
     schema = schemathesis.openapi.from_url(f"{address}/openapi.json")

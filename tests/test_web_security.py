@@ -10,6 +10,7 @@ from time import perf_counter
 from typing import Any, Final
 from uuid import uuid4
 
+import aiohttp
 import asyncpg
 import pytest
 from daemon_site import PREFIX, Site
@@ -169,6 +170,20 @@ async def test_a_foreign_host_without_a_token(site: Site) -> None:
             if host:
                 raw = f"GET {path} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode()
                 assert (await send(site, raw))[0] in (200, 400)
+
+
+async def test_the_host_that_is_listened_on_is_no_foreign_one(
+    postgres_dsn: str, redis_url: str
+) -> None:
+    async with (
+        Site.on(postgres_dsn, redis_url, http={"host": "127.0.0.2"}) as site,
+        aiohttp.ClientSession(site.web.address) as client,
+    ):
+        async with client.get(f"{PREFIX}/status") as answer:
+            assert answer.status == 200
+        async with client.get("/", headers={"Host": "127.0.0.3"}) as answer:
+            said = (await answer.json())["error"]["message"]
+    assert said == "without http.token only Host localhost, 127.0.0.1, [::1] or 127.0.0.2 is served"
 
 
 async def test_no_host_and_two_hosts_without_a_token(site: Site) -> None:
