@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from balancesync.apply import Applied
 from balancesync.config import Config, MappingConfig
 from balancesync.database import Database, Steps
-from balancesync.errors import ConfigError
+from balancesync.errors import ConfigError, LockHeld
 from balancesync.model import Request, Run
 from balancesync.nodes import Identity
 from balancesync.part import Progress
@@ -82,7 +82,7 @@ class Attempt(ABC):
         connection, steps = session.connection, Steps(self._database)
         if self._writes:
             await steps.upgrade(connection)
-            await session.lock_writer(wait_s, lambda: self._on_progress(Progress("lock")))
+            await self._lock_writer(session, wait_s)
             await self._records.mark_interrupted(connection)
         elif self._run.mode == "verify" or await steps.current(connection):
             await steps.check(connection)
@@ -90,6 +90,17 @@ class Attempt(ABC):
         self.recorded = bool(await steps.current(connection))
         if self.recorded:
             await self._records.begin(connection, self._run)
+
+    async def _lock_writer(self, session: Session, wait_s: float) -> None:
+        try:
+            await session.lock_writer(wait_s, lambda: self._on_progress(Progress("lock")))
+        except LockHeld:
+            writer = await self._records.writer(session.connection)
+            who = f": {writer}" if writer else ""
+            by_command = self._request.trigger == "cli"
+            then = "try again later or raise `--wait`" if by_command else "this run is postponed"
+            what = f"Another balancesync is writing to this database{who}"
+            raise LockHeld(f"{what}; {then}") from None
 
     async def _meet(self, session: Session) -> Identity:
         """Look who Redis is; another one than the last run's is worth a warning."""

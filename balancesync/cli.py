@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from balancesync import arguments
 from balancesync.arguments import USAGE
-from balancesync.errors import BalanceSyncError
+from balancesync.errors import BalanceSyncError, ConfigError
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
@@ -46,7 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return _execute(args, load(args.config), report_bugs=argv is None)
     except BalanceSyncError as error:
-        _say(str(error))
+        wants_all = args.command == "check"
+        for line in error.lines if wants_all and isinstance(error, ConfigError) else [str(error)]:
+            _say(line)
         return error.exit_code
     except KeyboardInterrupt:
         _say("interrupted")

@@ -30,6 +30,7 @@ import inspect
 import os
 import socket
 import ssl
+from collections.abc import Sequence
 from typing import ClassVar
 
 
@@ -46,6 +47,11 @@ class ConfigError(BalanceSyncError):
     """The configuration isn't valid."""
 
     exit_code = 2
+
+    def __init__(self, message: str | None = None, lines: Sequence[str] = ()) -> None:
+        """`lines` are all that is wrong, where more than the message tells was found at once."""
+        super().__init__(message)
+        self.lines = tuple(lines) or (str(self),)
 
 
 class TargetMismatch(BalanceSyncError):
@@ -111,12 +117,10 @@ class PostgresUnavailable(Unavailable):
 
 
 class DaemonUnavailable(Unavailable):
-    """No daemon answers; is `balancesync run` up, and http.host and http.port the same?
-
-    `what` is the message without the way out.
-    """
+    """No daemon answers; is `balancesync run` up, and http.host and http.port the same?"""
 
     def __init__(self, what: str | None = None, way_out: str | None = None) -> None:
+        """`what` is the message without the way out."""
         super().__init__(f"{what}; {way_out}" if way_out else what)
         self.what = what or str(self)
 

@@ -9,6 +9,7 @@ from uuid import UUID
 
 from balancesync.database import NO_LIMIT, Connection, Database, load_sql, lock_key
 from balancesync.model import Baseline, Counts, Job, Known, Met, Run
+from balancesync.times import short_time_text
 
 # An advisory lock of 64 bits shows in pg_locks as two halves:
 # https://www.postgresql.org/docs/current/view-pg-locks.html
@@ -110,6 +111,14 @@ class Records:
     async def mark_interrupted(self, connection: Connection) -> None:
         """Close the runs whose process is gone."""
         await connection.execute(self._sql["mark_interrupted"])
+
+    async def writer(self, connection: Connection) -> str | None:
+        """Which run holds the writer's lock, in words, if it is recorded yet."""
+        key = lock_key("writer", self._database.config.schema)
+        row = await connection.fetchrow(self._sql["writer"], key)
+        if row is None:
+            return None
+        return f"{row['job']} ({row['trigger']}) since {short_time_text(row['started_at'])}"
 
     async def runs(
         self,

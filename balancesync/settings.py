@@ -103,9 +103,11 @@ def read(model: type[Model], file: Path | None, environ: Mapping[str, str]) -> M
             error.errors(include_url=False),
             key=lambda detail: detail["type"] != "unexpected_keyword_argument",
         )
-        line = _explain(model, details[0], raw, overrides, file)
-        more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
-        raise ConfigError(" ".join(f"{line}{more}".split())) from None
+        lines = [
+            " ".join(_explain(model, detail, raw, overrides, file).split()) for detail in details
+        ]
+        more = f" (and {len(lines) - 1} more, which `balancesync check` lists)"
+        raise ConfigError(lines[0] + (more if lines[1:] else ""), lines) from None
 
 
 def leaves(model: type) -> dict[Key, Any]:
@@ -230,6 +232,14 @@ def _message(model: type, detail: ErrorDetails, place: tuple[int | str, ...], ca
         close = difflib.get_close_matches(str(place[-1]), get_type_hints(parent), n=1)
         return "is no setting" + (f"; did you mean {close[0]}?" if close else "")
     hint = _hint_at(model, place)
+    bare = _bare(hint)
+    if (
+        isinstance(detail["input"], dict)
+        and get_origin(bare) is tuple
+        and is_dataclass(get_args(bare)[0])
+    ):
+        name = ".".join(map(str, place))
+        return f"must be a list of tables: write [[{name}]], not [{name}]"
     return f"must be {requirement(hint)}{_got(detail['input'], hint)}"
 
 

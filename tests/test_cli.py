@@ -392,6 +392,20 @@ async def test_configuration_and_table_errors_exit_2(
     assert "redis.scan_count" in answer.err
 
 
+async def test_check_lists_all_that_is_wrong_with_the_configuration(run: Run, config: Path) -> None:
+    settings(config, redis="scan_count = 0", guard="max_los = 2", log="level = 'loud'")
+    answer = await run("check")
+    assert (answer.code, answer.out) == (2, "")
+    assert [line.split(": ")[2] for line in answer.said] == [
+        "guard.max_los",
+        "redis.scan_count",
+        "log.level",
+    ]
+    answer = await run("sync")
+    assert (answer.code, len(answer.said)) == (2, 1)
+    assert answer.said[0].endswith(" (and 2 more, which `balancesync check` lists)")
+
+
 async def test_too_many_rejects_exit_1(run: Run, config: Path, redis: Redis) -> None:
     allow_rejects(config, 0.5)
     await redis.mset({"balance:1": "1", "balance:2": "x", "balance:3": "y"})

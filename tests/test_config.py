@@ -387,7 +387,8 @@ def test_a_model_made_in_code_hides_its_input() -> None:
         ("[schedule]\nmin_interval = -1", "config.toml: schedule.min_interval: must be a whole"),
         ("[schedule.jobs]\na = '@daily'", "config.toml: schedule.jobs.a: must be a table"),
         ("[schedule.jobs]\na = { corn = '@daily' }",
-         "config.toml: schedule.jobs.a.corn: is no setting; did you mean cron? (and 1 more)"),
+         "config.toml: schedule.jobs.a.corn: is no setting; did you mean cron?"
+         " (and 1 more, which `balancesync check` lists)"),
         ("[schedule.jobs]\na = { job = 'sync' }", "config.toml: schedule.jobs.a.cron: is missing"),
         ("[schedule.jobs]\na = { cron = '@daily', job = 'prune' }",
          'config.toml: schedule.jobs.a.job: must be one of sync, verify (got "prune")'),
@@ -417,8 +418,12 @@ def test_a_model_made_in_code_hides_its_input() -> None:
         ("[log]\nlevel = 'loud'",
          "config.toml: log.level: must be one of debug, info, warning, error, critical"),
         ("[log]\nformat = 'xml'", "config.toml: log.format: must be one of auto, console, json"),
+        ("[mapping]\nname = 'a'",
+         "config.toml: mapping: must be a list of tables: write [[mapping]], not [mapping]"),
+        ("[redis]\nsentinel = { a = 1 }", "config.toml: redis.sentinel: must be a list"),
         ("[log]\nlevel = 'loud'\nformat = 'xml'\n[http]\nport = 0",
-         "config.toml: http.port: must be a whole number from 1 to 65535 (got 0) (and 2 more)"),
+         "config.toml: http.port: must be a whole number from 1 to 65535 (got 0)"
+         " (and 2 more, which `balancesync check` lists)"),
     ],
 )  # fmt: skip
 def test_each_mistake_is_one_line_with_file_and_key(text: str, expected: str, file: Path) -> None:

@@ -130,6 +130,26 @@ async def test_a_writer_that_waits_in_vain_reads_nothing(
     assert not {"cmdstat_scan", "cmdstat_mget"} & {*await redis.info("commandstats")}
 
 
+async def test_who_waits_in_vain_is_told_for_whom(
+    engine: Make, proxy: Proxy, postgres_dsn: str, redis: Redis
+) -> None:
+    await fill(redis, 10)
+    inserting = proxy.hold(INSERT)
+    one = asyncio.create_task(run(engine(dsn=through(postgres_dsn, proxy)), trigger="cron:hourly"))
+    await soon(inserting)
+    told = [(await run(engine(), trigger=each))[0].error or "" for each in ("cli", "http")]
+    proxy.resume()
+    await one
+    for each in told:
+        assert each.startswith(
+            "Another balancesync is writing to this database: sync (cron:hourly) since 20"
+        )
+    by_command, by_daemon = (each.rpartition("; ")[2] for each in told)
+    assert by_command == "try again later or raise `--wait`"
+    # An option of the command line is none of the daemon's.
+    assert by_daemon == "this run is postponed"
+
+
 async def test_dry_run_and_verify_need_no_lock(
     engine: Make, pg: asyncpg.Connection, redis: Redis
 ) -> None:

@@ -22,6 +22,15 @@ WHERE ($1::uuid IS NULL OR id < $1) AND ($2::uuid IS NULL OR id = $2) AND ($4 OR
     AND ($5::text IS NULL OR job = $5) AND ($6::text IS NULL OR $6 IN (trigger, split_part(trigger, ':', 1)))
 ORDER BY id DESC LIMIT $3;
 
+-- name: writer
+SELECT r.job, r.trigger, r.started_at
+FROM pg_locks AS w JOIN pg_locks AS l USING (pid, locktype, database, objsubid)
+JOIN {schema}.runs AS r ON r.lock_key = (l.classid::bigint << 32) | l.objid::bigint
+WHERE w.locktype = 'advisory' AND w.objsubid = 1 AND w.granted AND r.status = 'running'
+    AND w.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+    AND (w.classid::bigint << 32) | w.objid::bigint = $1
+LIMIT 1;
+
 -- name: last_success
 SELECT id, started_at, finished_at, redis_run_id FROM {schema}.runs
 WHERE status = 'succeeded' AND job = 'sync' AND mode = 'apply' AND mapping IS NULL
