@@ -74,10 +74,13 @@ async def test_the_quick_start(
     await redis.mset({"balance:123": "1234.56", "balance:124": "0.1"})
     script = "".join(block for block in blocks("README.md", "sh") if "make" not in block)
     assert script.count("\nbalancesync ") == 4
-    code, out = await shell(
-        script, tmp_path, BALANCESYNC_REDIS__URL=redis_url, BALANCESYNC_POSTGRES__DSN=postgres_dsn
-    )
+    environment = {"BALANCESYNC_REDIS__URL": redis_url, "BALANCESYNC_POSTGRES__DSN": postgres_dsn}
+    checkout = tmp_path / "checkout"
+    checkout.mkdir()
+    code, out = await shell(script, checkout, HOME=str(tmp_path), **environment)
     assert code == 0, out
+    # The file of that name in a checkout is the reference.
+    assert list(checkout.iterdir()) == []
     assert "Redis and PostgreSQL agree" in out
     assert await pg.fetchval("SELECT sum(balance)::text FROM balances") == "1234.66"
 
