@@ -18,7 +18,7 @@ from balancesync.database import Connection, Database, load_sql
 from balancesync.documents import Document, reject_document, run_document
 from balancesync.errors import BalanceSyncError, HistoryGap
 from balancesync.facts import Facts, without_report
-from balancesync.listener import HttpProblem, reply, reply_bytes
+from balancesync.listener import HttpProblem, reply, reply_bytes, reply_rows
 from balancesync.mapping import InvalidKey
 from balancesync.metrics import CONTENT_TYPE, Metrics
 from balancesync.model import Reason, Request, Run
@@ -32,6 +32,7 @@ from balancesync.times import exact_time_text, time_text
 
 _MOST_ROWS: Final = 1000
 _ROWS: Final = 100
+_AT_ONCE: Final = 100
 _FORGET_AT_ONCE: Final = 10_000
 
 log = structlog.get_logger("balancesync")
@@ -174,17 +175,26 @@ class Api:
         brief = asked.switch("brief")
         limit, before = asked.number("limit", _ROWS, _MOST_ROWS), asked.uuid("before")
 
-        async def question(records: Records, connection: Connection) -> list[Run]:
-            return await records.runs(connection, limit=limit, before=before, live=not brief)
+        async def question(records: Records, connection: Connection) -> dict[str, Document]:
+            found: dict[str, Document] = {}
+            last = before
+            # In pieces, between which others get their turn: a page has ten thousands of counts.
+            while wanted := min(limit - len(found), _AT_ONCE):
+                runs = await records.runs(connection, limit=wanted, before=last, live=not brief)
+                found |= {str(run.id): run_document(run) for run in runs}
+                if len(runs) < wanted:
+                    break
+                last = runs[-1].id
+            return found
 
-        found = {str(run.id): run_document(run) for run in await self._reads.ask(question)}
+        found = await self._reads.ask(question)
         for name, run in self._facts.runs().items():
             wanted = not brief or run["job"] != "live"
             if wanted and (before is None or name < str(before)):
                 found[name] = without_report(run)
         newest = sorted(found, reverse=True)[:limit]
         less: Document = {"mappings": {}} if brief else {}
-        return reply({"runs": [found[name] | less for name in newest]})
+        return await reply_rows("runs", (found[name] | less for name in newest))
 
     async def run(self, call: Call) -> web.Response:
         """One run."""
@@ -235,7 +245,7 @@ class Api:
             return await records.rejects(connection, limit=limit, mapping=mapping, reason=reason)
 
         found = await self._reads.ask(question)
-        return reply({"rejects": [reject_document(each) for each in found]})
+        return await reply_rows("rejects", map(reject_document, found))
 
     async def clear_cache(self, call: Call) -> web.Response:
         """Forget what the daemon has kept for itself, never a balance."""

@@ -19,7 +19,7 @@ from engine import make_config
 from redis.asyncio import Redis
 from yarl import URL
 
-from balancesync import __version__, overview, stream
+from balancesync import __version__, api, listener, overview, stream
 from balancesync.embedded import PostgresServer, RedisServer
 from balancesync.errors import ConfigError
 from balancesync.model import Request
@@ -434,6 +434,39 @@ async def test_runs_page_by_page(site: Site) -> None:
         found += [run["id"] for run in page["runs"]]
         before = f"&before={found[-1]}"
     assert found == made[::-1]
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3, 4, 5])
+async def test_runs_are_read_in_pieces(
+    site: Site, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    made = [str((await site.sync()).id) for _ in range(4)][::-1]
+    site.web._facts.finished.clear()
+    monkeypatch.setattr(api, "_AT_ONCE", at_once)
+    for limit in (1, 3, 4, 100):
+        _, page = await site.ask(f"/runs?limit={limit}")
+        assert [run["id"] for run in page["runs"]] == made[:limit]
+
+
+async def test_others_get_their_turn_while_a_long_answer_is_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(listener, "_TURN_S", -1)
+    turns = 0
+
+    async def other() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    task = asyncio.create_task(other())
+    answer = await listener.reply_rows("rows", ({"turns": turns} for _ in range(50)))
+    task.cancel()
+    assert isinstance(answer.body, bytes)
+    rows = json.loads(answer.body)["rows"]
+    assert [row["turns"] for row in rows] == list(range(50))
+    assert (await listener.reply_rows("rows", [])).body == b'{"rows":[]}'
 
 
 async def test_rejects(site: Site, redis: Redis) -> None:
