@@ -1,6 +1,7 @@
 """How things stand: the documents of `status`, `stats` and `health`, from both servers."""
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from time import perf_counter
@@ -85,7 +86,8 @@ class Recorded:
     """What PostgreSQL holds of the runs, read at one moment: `at`, by its clock.
 
     `rejects` are the open ones by mapping and reason, `present` the keys of the last successes,
-    `writing` whether anybody holds the writer's lock.
+    `writing` whether anybody holds the writer's lock. `drift` is what the last verify found to
+    differ, by mapping, and nothing has brought together since.
     """
 
     at: datetime
@@ -96,6 +98,7 @@ class Recorded:
     rejects: dict[str, dict[str, int]]
     present: int
     writing: bool
+    drift: dict[str, int]
 
     def success_age_s(self, later_s: float = 0.0) -> float | None:
         """Seconds since the last success, so many seconds after this was read."""
@@ -129,7 +132,19 @@ async def read(database: Database) -> Recorded:
             rejects=await records.count_rejects(connection),
             present=sum(each.baseline.present for each in known.values() if each.baseline),
             writing=await connection.fetchval(load_sql("overview")["writer"], writer),
+            drift=_standing_drift(runs),
         )
+
+
+def _standing_drift(runs: Sequence[Run]) -> dict[str, int]:
+    found: dict[str, int] = {}
+    # The newest first: the first that looked at a whole mapping has the last word on it.
+    for run in runs:
+        looked = run.job == "verify" or (run.mode == "apply" and run.job in ("sync", "restore"))
+        if looked and run.status == "succeeded":
+            for mapping, counts in run.mappings.items():
+                found.setdefault(mapping, counts.written if run.job == "verify" else 0)
+    return {mapping: count for mapping, count in found.items() if count}
 
 
 async def status(config: Config, database: Database, source: Source) -> Document:
@@ -173,6 +188,8 @@ def status_document(
         "refusal": None,
         "rejects": None,
         "not_found": None,
+        "without_keys": None,
+        "drift": None,
     }
     if recorded is not None:
         current, last, success = recorded.current, recorded.last, recorded.success
@@ -187,8 +204,16 @@ def status_document(
             "refusal": recorded.refusals or None,
             "rejects": recorded.rejects,
             "not_found": success.counts.not_found if success else None,
+            "without_keys": _without_keys(success),
+            "drift": recorded.drift,
         }
     return document | {"redis": asdict(redis), "postgres": asdict(postgres)}
+
+
+def _without_keys(success: Run | None) -> list[str]:
+    """The mappings of which a run found no key at all."""
+    counts = success.mappings.items() if success else ()
+    return [name for name, found in counts if found.scanned == found.ignored + found.vanished]
 
 
 async def stats(database: Database) -> Document:

@@ -137,6 +137,8 @@ COMPONENTS: Final[dict[str, Schema]] = {
         live_copied_at=maybe(_TIME),
         rejects=maybe(table(table(WHOLE))),
         not_found=maybe(WHOLE),
+        without_keys=maybe(array(TEXT)),
+        drift=maybe(table(WHOLE)),
         health=ref("Health"),
         recorded_age_s=maybe(_SECONDS),
     ),

@@ -7,13 +7,14 @@ lines as wide as they are, a terminal's are folded, and colour follows NO_COLOR.
 import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from decimal import Decimal
 from itertools import compress
 from typing import Any, Final, Literal
 
-from rich.console import Console
+from rich.console import Console, RenderableType
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -57,7 +58,8 @@ _PIPE_WIDTH: Final = 10_000
 
 class Grid:
     """Rows under columns. Where they don't fit a terminal, the `spare` columns are left out, as few
-    as will do and in this order; if that isn't enough, each row is a block of `column: cell`.
+    as will do and in this order; if that isn't enough, each row is a block of `column: cell`, or
+    without titles its first cell over the others.
     """
 
     def __init__(
@@ -77,25 +79,35 @@ class Grid:
         """Add a row, one cell for each column."""
         self._rows.append(cells)
 
-    def fitted(self, console: Console) -> list[Table | str]:
+    def fitted(self, console: Console) -> list[RenderableType]:
         """What to print."""
         boundless = console.options.update_width(_PIPE_WIDTH)
         for number in range(len(self._spare) + 1):
             left_out = self._spare[:number]
             made = self._make_table(left_out)
-            fits = console.measure(made, options=boundless).maximum <= console.width
-            if fits or not self._titled:
+            needs = console.measure(made, options=boundless)
+            # Without titles it's for texts, which are folded where each of their words has room.
+            if (needs.maximum if self._titled else needs.minimum) <= console.width:
                 note = f"left out here, but in a pipe and in --json: {', '.join(left_out)}"
                 return [made, note] if left_out else [made]
-        blocks: list[Table | str] = []
-        for row in self._rows:
+        return list(self._titled_blocks() if self._titled else self._indented())
+
+    def _titled_blocks(self) -> Iterator[RenderableType]:
+        for number, row in enumerate(self._rows):
+            if number:
+                yield ""
             block = Table(box=None, pad_edge=False, show_header=False)
             block.add_column(style="bold")
             block.add_column(overflow="fold")
             for column, cell in zip(self._columns, row, strict=True):
                 block.add_row(column, cell)
-            blocks += [block, ""]
-        return blocks[:-1]
+            yield block
+
+    def _indented(self) -> Iterator[RenderableType]:
+        for head, *cells in self._rows:
+            yield head
+            for cell in cells:
+                yield Padding(cell, (0, 0, 0, 2))
 
     def _make_table(self, left_out: Sequence[str]) -> Table:
         made = Table(

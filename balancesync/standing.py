@@ -1,5 +1,6 @@
 """How things stand, for people: what `status`, `stats`, `health` and `check` print."""
 
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Final
 
@@ -12,13 +13,8 @@ from balancesync.telemetry import printable
 
 _LEVELS: Final = {"safe": "bold green", "look": "bold yellow", "act": "bold red"}
 _WELL: Final = ("succeeded", "skipped")
-_WAYS: Final = (
-    "was it a mistake, bring the keys back:",
-    "    balancesync restore --dry-run",
-    "    balancesync restore",
-    "is it as it should be, accept it this once:",
-    "    balancesync sync --accept-loss",
-)
+# What the guard says where keys are there again, but with other values.
+_CHANGED: Final = "came back changed"
 
 
 def show_status(status: Document) -> None:
@@ -31,36 +27,71 @@ def status_lines(status: Document) -> list[Line]:
     grid = Grid("", "", titled=False)
     for name, cell in _facts(status).items():
         grid.add_row(Text(name, "dim"), cell)
-    lines: list[Line] = [_verdict(status), "", grid]
+    lines: list[Line] = [_verdict(status), ""]
+    # Right below: what there is to do must not be cut off where a window is too low for it all.
     for refusal in status["refusal"] or ():
         since = moment(refusal["refused_at"])
         text = f'the guard refuses mapping "{refusal["mapping"]}" since {since}: '
-        lines += ["", Text(printable(f"{text}{refusal['reason']}"), STYLES["refused"])]
+        lines += [Text(printable(f"{text}{refusal['reason']}"), STYLES["refused"]), ""]
     if status["refusal"]:
-        lines += _WAYS
-    return lines
+        lines += [*_ways(status["refusal"]), ""]
+    return [*lines, grid]
+
+
+def _ways(refusals: Sequence[Document]) -> Iterator[str]:
+    yield "look first:"
+    yield "    balancesync restore --dry-run"
+    yield "was it a mistake: stop the application, bring the keys back, then start it again:"
+    yield "    balancesync restore"
+    if any(_CHANGED in each["reason"] for each in refusals):
+        yield "keys that came back changed are left by that; if PostgreSQL is right about them:"
+        yield "    balancesync restore --overwrite"
+    yield "is it as it should be, accept it this once:"
+    yield "    balancesync sync --accept-loss"
 
 
 def _verdict(status: Document) -> Text:
     until = status["safe_until"] and moment(status["safe_until"])
     kept = f"everything up to {until} is in PostgreSQL"
+    rest = f"; {kept}, the rest is in Redis alone" if until else ""
     if not status["postgres"]["connected"]:
-        what = f"; {kept}, the rest is in Redis alone" if until else ""
         alone = status["redis"]["connected"]
         who = "PostgreSQL doesn't answer" if alone else "neither PostgreSQL nor Redis answers"
-        return Text(f"{who}{what}", _LEVELS["act"])
+        return Text(f"{who}{rest}", _LEVELS["act"])
     if status["refusal"]:
         what = f"{kept}, and stays as it is" if until else "nothing is written"
         return Text(f"stopped by the guard: {what}", _LEVELS["act"])
-    if until is None:
-        return Text("nothing is in PostgreSQL yet: no sync has succeeded", _LEVELS["look"])
     if not status["redis"]["connected"]:
-        return Text(f"Redis doesn't answer; {kept}", _LEVELS["look"])
-    if status["health"]["checks"]["last_success"]["status"] == "failed":
+        return Text(f"Redis doesn't answer{rest}", _LEVELS["act"])
+    if until is None:
+        return Text("no sync has succeeded yet: nothing is known to be safe", _LEVELS["look"])
+    return _settled(status, until)
+
+
+def _settled(status: Document, until: str) -> Text:
+    """The verdict where both servers answer, nothing is refused, and a sync has succeeded."""
+    checks = status["health"]["checks"]
+    bad = {name for name, check in checks.items() if check["status"] != "ok"}
+    rejects = sum(sum(reasons.values()) for reasons in status["rejects"].values())
+    count = f"{rejects:,} reject{'s' if rejects > 1 else ''}"
+    if "rejects" in bad:
+        what = f"{count}, more than guard.max_rejects allows; the others, up to {until}, are"
+        return Text(f"not safe: {what} in PostgreSQL", _LEVELS["act"])
+    if "last_success" in bad:
         return Text(f"not safe: nothing newer than {until} is in PostgreSQL", _LEVELS["act"])
+    if status["without_keys"]:
+        names = printable(" and ".join(status["without_keys"]))
+        what = f"Redis had no key of {names} at {until}: is redis.url right?"
+        return Text(what, _LEVELS["look"])
+    text = f"safe: everything up to {until} is in PostgreSQL{_exceptions(status)}"
+    drift = sum(status["drift"].values())
+    if drift:
+        text += f"; the last verify found {drift:,} row{'s' if drift > 1 else ''} to differ"
     last = status["last_run"]
-    well = last is None or last["mode"] != "apply" or last["status"] in _WELL
-    return Text(f"safe: {kept}{_exceptions(status)}", _LEVELS["safe" if well else "look"])
+    # Only a sync can leave PostgreSQL behind.
+    well = last is None or (last["job"], last["mode"]) != ("sync", "apply")
+    well = well or last["status"] in _WELL
+    return Text(text, _LEVELS["safe" if well and not drift else "look"])
 
 
 def _exceptions(status: Document) -> str:
@@ -176,16 +207,26 @@ def show_stats(stats: Document) -> None:
     write(made if stats["totals"] else "nothing has run yet")
     last = ", ".join(f"{count} {status}" for status, count in stats["last_runs"].items())
     if last:
-        write(f"the last {sum(stats['last_runs'].values())} runs: {last}")
-    durations = stats["durations"]
-    if durations["p50_s"] is not None:
-        halves = f"{ago(durations['p50_s'])} at the median, {ago(durations['p95_s'])} at 95 %"
-        write(f"the last 100 successful syncs took {halves}")
+        made_last = sum(stats["last_runs"].values())
+        write(f"the last {'run' if made_last == 1 else f'{made_last} runs'}: {last}")
+    if stats["durations"]["p50_s"] is not None:
+        write(_durations_text(stats))
     if stats["last_success_age_s"] is not None:
         write(f"the last success was {ago(stats['last_success_age_s'])} ago")
     for mapping, reasons in stats["rejects"].items():
         each = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items())
         write(f"open rejects of {mapping}: {each}")
+
+
+def _durations_text(stats: Document) -> str:
+    """How long the last hundred syncs that succeeded took, or as many as there are."""
+    kind = ("sync", "apply", "succeeded")
+    totals = stats["totals"]
+    count = sum(row["runs"] for row in totals if (row["job"], row["mode"], row["status"]) == kind)
+    half, most = (ago(stats["durations"][name]) for name in ("p50_s", "p95_s"))
+    if count == 1:
+        return f"the one successful sync took {half}"
+    return f"the last {min(count, 100)} successful syncs took {half} at the median, {most} at 95 %"
 
 
 def show_health(health: Document) -> None:

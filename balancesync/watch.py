@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
+from rich.segment import SegmentLines
 from rich.text import Text
 
 from balancesync.documents import Document
@@ -101,7 +102,7 @@ def _now() -> str:
     return short_time_text(datetime.now(UTC))
 
 
-def _picture(console: Console, document: Document | None, lines: list[Line]) -> Group:
+def _picture(console: Console, document: Document | None, lines: list[Line]) -> RenderableType:
     parts: list[RenderableType] = []
     for line in lines:
         parts += line.fitted(console) if isinstance(line, Grid) else [line]
@@ -109,4 +110,9 @@ def _picture(console: Console, document: Document | None, lines: list[Line]) -> 
     if run and run.get("progress") and run["progress"]["ratio"] is not None:
         parts.append(ProgressBar(total=1, completed=run["progress"]["ratio"]))
     parts += ["", Text(f"{_now()}, Ctrl-C ends this", "dim")]
-    return Group(*parts)
+    drawn = console.render_lines(Group(*parts), pad=False)
+    if len(drawn) <= console.height:
+        return Group(*parts)
+    room = console.height - 1
+    note = f"... {len(drawn) - room} lines more: make the window taller"
+    return Group(SegmentLines(drawn[:room], new_lines=True), Text(note, "dim", no_wrap=True))

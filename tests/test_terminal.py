@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from redis.asyncio import Redis
+from rich.text import Text
 
 from balancesync import standing
 
@@ -78,11 +79,11 @@ class Terminal:
 
 @asynccontextmanager
 async def on_terminal(
-    config: Path, *arguments: str, columns: int = 100, **environ: str
+    config: Path, *arguments: str, columns: int = 100, rows: int = 40, **environ: str
 ) -> AsyncIterator[tuple[Terminal, asyncio.subprocess.Process]]:
-    """Run a command on a terminal of so many columns."""
+    """Run a command on a terminal of so many columns and rows."""
     ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
     clean = {
         name: value
         for name, value in os.environ.items()
@@ -177,6 +178,9 @@ async def test_forty_columns_are_enough(config: Path) -> None:
     for command in ("status", "runs"):
         shown += (await seen_on_terminal(config, command, columns=40))[1].lines
     assert "balances" in " ".join(shown)
+    # What is to be copied stays in one piece.
+    assert any(re.fullmatch(" *[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", line) for line in shown)
+    assert any(re.search(r" 127\.0\.0\.1:[0-9]+[,/ ]", f"{line} ") for line in shown)
     assert [line for line in shown if len(line) > 40] == []
 
 
@@ -196,6 +200,7 @@ UP_SERVER = {
 }
 DOWN = {**dict.fromkeys(UP_SERVER), "connected": False, "error": "refused"}
 RUN = {"job": "sync", "trigger": "cli", "mode": "apply", "status": "succeeded", "error": None}
+GOOD_RUN = RUN | {"id": "0", "started_at": "2026-01-31T02:00:00.000Z", "duration_s": 1.0}
 GOOD: dict[str, Any] = {
     "state": "idle",
     "redis": UP_SERVER,
@@ -203,17 +208,23 @@ GOOD: dict[str, Any] = {
     "safe_until": "2026-01-31T02:00:00.000Z",
     "last_success_at": "2026-01-31T02:00:01.000Z",
     "last_success_age_s": 60.0,
-    "last_run": RUN | {"id": "0", "started_at": "2026-01-31T02:00:00.000Z", "duration_s": 1.0},
+    "last_run": GOOD_RUN,
     "current_run": None,
     "refusal": None,
     "rejects": {},
+    "without_keys": [],
+    "drift": {},
     "not_found": 0,
     "health": {"checks": {"last_success": {"status": "ok", "detail": ""}}},
     "no_daemon": "no daemon answers at localhost:1: connection refused",
     "leader": None,
 }
 REFUSAL = [{"mapping": "m", "reason": "no key", "refused_at": None}]
+RETURNED = [REFUSAL[0] | {"reason": "60 keys are gone and 40 came back changed"}]
 OVERDUE = {"checks": {"last_success": {"status": "failed", "detail": ""}}}
+TOO_MANY = {"checks": {"rejects": {"status": "degraded", "detail": ""}}}
+MANY = {"rejects": {"m": {"residue": 60_004}}}
+FAILED = GOOD_RUN | {"status": "failed"}
 UNTIL = "everything up to 2026-01-31T02:00:00Z is in PostgreSQL"
 BOTH_DOWN = "neither PostgreSQL nor Redis answers"
 
@@ -270,13 +281,23 @@ def test_who_leads_where_no_daemon_answers(
             {"rejects": {"m": {"residue": 4}}, "not_found": 2},
             f"safe: {UNTIL}, but for 4 rejects and 2 keys without a row",
         ),
-        ({"redis": DOWN}, f"Redis doesn't answer; {UNTIL}"),
+        ({"redis": DOWN}, f"Redis doesn't answer; {UNTIL}, the rest is in Redis alone"),
         ({"postgres": DOWN}, f"PostgreSQL doesn't answer; {UNTIL}, the rest is in Redis alone"),
         ({"postgres": DOWN, "safe_until": None}, "PostgreSQL doesn't answer"),
         ({"postgres": DOWN, "redis": DOWN, "safe_until": None}, BOTH_DOWN),
         ({"postgres": DOWN, "redis": DOWN}, f"{BOTH_DOWN}; {UNTIL}, the rest is in Redis alone"),
         ({"refusal": REFUSAL}, f"stopped by the guard: {UNTIL}, and stays as it is"),
-        ({"safe_until": None}, "nothing is in PostgreSQL yet: no sync has succeeded"),
+        ({"safe_until": None}, "no sync has succeeded yet: nothing is known to be safe"),
+        (
+            MANY | {"health": TOO_MANY, "last_run": FAILED},
+            "not safe: 60,004 rejects, more than guard.max_rejects allows; the others, up to"
+            " 2026-01-31T02:00:00Z, are in PostgreSQL",
+        ),
+        (
+            {"without_keys": ["m"]},
+            "Redis had no key of m at 2026-01-31T02:00:00Z: is redis.url right?",
+        ),
+        ({"drift": {"m": 1}}, f"safe: {UNTIL}; the last verify found 1 row to differ"),
         (
             {"health": OVERDUE},
             "not safe: nothing newer than 2026-01-31T02:00:00Z is in PostgreSQL",
@@ -288,3 +309,88 @@ def test_the_first_line_says_whether_it_is_safe(
 ) -> None:
     standing.show_status(GOOD | otherwise)
     assert capsys.readouterr().out.splitlines()[0] == said
+
+
+@pytest.mark.parametrize(
+    ("otherwise", "level"),
+    [
+        ({}, "green"),
+        ({"last_run": FAILED}, "yellow"),
+        # A slip of whoever typed it leaves PostgreSQL as it is.
+        ({"last_run": FAILED | {"job": "restore"}}, "green"),
+        ({"drift": {"m": 1}}, "yellow"),
+        ({"without_keys": ["m"]}, "yellow"),
+        ({"redis": DOWN}, "red"),
+    ],
+)
+def test_the_first_line_has_the_colour_of_what_it_says(
+    otherwise: dict[str, Any], level: str
+) -> None:
+    line = standing.status_lines(GOOD | otherwise)[0]
+    assert isinstance(line, Text)
+    assert line.style == f"bold {level}"
+
+
+@pytest.mark.parametrize(("refusal", "overwrites"), [(REFUSAL, False), (RETURNED, True)])
+def test_what_to_do_stands_right_below_a_refusal(
+    refusal: list[dict[str, Any]], *, overwrites: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    standing.show_status(GOOD | {"refusal": refusal})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].startswith('the guard refuses mapping "m" since -: ')
+    ways = [line.strip() for line in lines if line.startswith("    ")]
+    assert ways == [
+        "balancesync restore --dry-run",
+        "balancesync restore",
+        *(["balancesync restore --overwrite"] if overwrites else []),
+        "balancesync sync --accept-loss",
+    ]
+    assert "stop the application, bring the keys back, then start it again" in "\n".join(lines)
+    assert lines.index("    balancesync sync --accept-loss") < lines.index(
+        next(line for line in lines if line.startswith("redis "))
+    )
+
+
+async def test_a_window_that_is_too_low_says_so_and_shows_the_refusal(
+    config: Path, redis: Redis
+) -> None:
+    assert (await (await piped(config, "sync")).wait()) == 0
+    await redis.flushdb()
+    assert (await (await piped(config, "sync")).wait()) == 3
+    watch = on_terminal(config, "status", "--watch", "60", columns=60, rows=20)
+    async with watch as (terminal, process):
+        await terminal.until("make the window taller")
+        seen = "\n".join(terminal.lines)
+        assert "Redis has no key at all" in seen
+        assert "balancesync sync --accept-loss" in seen
+        assert "lines more: make the window taller" in terminal.lines[-1]
+        assert len(terminal.lines) <= 20
+        process.send_signal(signal.SIGINT)
+        async with asyncio.timeout(SOON_S):
+            assert await process.wait() == 0
+
+
+def test_stats_count_what_they_tell_of(capsys: pytest.CaptureFixture[str]) -> None:
+    made = {"job": "sync", "mode": "apply", "status": "succeeded", "seconds": 1.0}
+    dry = made | {"mode": "dry_run", "runs": 9}
+    document: dict[str, Any] = {
+        "durations": {"p50_s": 0.2, "p95_s": 0.3},
+        "last_success_age_s": None,
+        "rejects": {},
+    }
+    for runs, last, said in (
+        (1, {"succeeded": 1}, ["the last run: 1 succeeded", "the one successful sync took 200 ms"]),
+        (
+            2,
+            {"failed": 1, "succeeded": 1},
+            [
+                "the last 2 runs: 1 failed, 1 succeeded",
+                "the last 2 successful syncs took 200 ms at the median, 300 ms at 95 %",
+            ],
+        ),
+        (200, {"succeeded": 100}, ["the last 100 runs: 100 succeeded"]),
+    ):
+        totals = [made | {"runs": runs}, dry]
+        standing.show_stats(document | {"totals": totals, "last_runs": last})
+        lines = capsys.readouterr().out.splitlines()
+        assert [line for line in lines if line.startswith("the ")][: len(said)] == said

@@ -76,6 +76,27 @@ async def test_status_before_and_after_a_run(site: Site) -> None:
     assert 0 <= after["last_success_age_s"] < 10
 
 
+async def test_status_tells_drift_until_somebody_has_looked_since(
+    redis: Redis, redis_url: str, postgres_dsn: str
+) -> None:
+    more = {"name": "more", "key": "more:{user_id}", "table": "more"}
+    await redis.mset({"balance:1": "1", "balance:2": "1"})
+    async with Site.on(postgres_dsn, redis_url, {"name": "balances"}, more) as site:
+        await site.sync()
+        _, status = await site.ask("/status")
+        assert (status["without_keys"], status["drift"]) == (["more"], {})
+        await redis.mset({"balance:1": "2", "more:1": "1"})
+        await site.sync(job="verify", mode="verify")
+        # What only looks at another mapping, or doesn't write, leaves it as it is.
+        await site.sync(mapping="more")
+        await site.sync(mode="dry_run")
+        _, status = await site.ask("/status")
+        assert (status["without_keys"], status["drift"]) == (["more"], {"balances": 1})
+        await site.sync()
+        _, status = await site.ask("/status")
+        assert (status["without_keys"], status["drift"]) == ([], {})
+
+
 async def test_status_while_a_run_is_under_way_and_another_waits(slow: Site) -> None:
     _, first = await slow.ask("/force-sync", "POST")
     await slow.event("run_progress")
