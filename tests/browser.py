@@ -20,9 +20,11 @@ SCREENSHOTS = "BALANCESYNC_SCREENSHOTS"
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 _AXE = (Path(__file__).parent / "axe" / "axe.min.js").read_text()
 _RULES = ("wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice")
-_PHONE: ViewportSize = {"width": 390, "height": 844}
+_PHONE: ViewportSize = {"width": 360, "height": 740}
 _DESK: ViewportSize = {"width": 1280, "height": 900}
 _WITHIN_MS = 20_000
+_CUT = """[...document.querySelectorAll(".scroll")]
+    .filter(each => each.scrollWidth > each.clientWidth).map(each => each.innerText)"""
 
 
 @asynccontextmanager
@@ -73,6 +75,10 @@ class Tab:
         except Exception as error:
             now = await self.page.locator(selector).all_inner_texts()
             raise AssertionError(f"{selector} never said {text!r}, but {now}") from error
+
+    async def focused(self) -> str:
+        """The id of the element that has the focus."""
+        return str(await self.page.evaluate("document.activeElement.id"))
 
     async def sent(self) -> dict[str, int]:
         """The bytes of each answer that it got so far, with its headers, by URL."""
@@ -125,6 +131,8 @@ class Tab:
         await self.page.set_viewport_size(_PHONE)
         wide = await self.page.evaluate("document.documentElement.scrollWidth")
         assert wide <= _PHONE["width"], f"{name}: a phone has to scroll sideways"
+        cut = await self.page.evaluate(_CUT)
+        assert not cut, f"{name}: on a phone these are cut at the edge: {cut}"
         await self._shoot(name, f"{scheme}-phone")
         await self.page.set_viewport_size(_DESK)
         await self._shoot(name, scheme)

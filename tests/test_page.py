@@ -1,5 +1,6 @@
 """The status page in a real Chromium, on a real daemon and real servers, in each of its states."""
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -13,6 +14,7 @@ from playwright.async_api import Browser
 from redis.asyncio import Redis
 from running import Inside, daemon_config
 
+from balancesync import cli
 from balancesync.config import Config
 from balancesync.embedded import PostgresServer, RedisServer
 from balancesync.model import new_run_id
@@ -34,14 +36,22 @@ def address(config: Config) -> str:
     return f"http://127.0.0.1:{config.http.port}/"
 
 
+async def typed(config: Config, *argv: str) -> int:
+    """The exit code of a command."""
+    return await asyncio.to_thread(cli.execute, argv, config)
+
+
 async def test_before_the_first_run_and_after_it(
     browser: Browser, postgres_dsn: str, redis_url: str, redis: Redis
 ) -> None:
     config = daemon_config(postgres_dsn, redis_url)
     async with Inside(config) as daemon, tab(browser, address(config)) as page:
         await daemon.leads()
-        await page.until("#verdict-title", "Nothing is in PostgreSQL yet")
+        await page.until("#verdict-title", "No sync has succeeded yet")
         await page.until("#connection", "Connected")
+        # What nobody has looked at isn't known to be good.
+        await page.until("#open", "unknown")
+        await page.until("#rejects-none", "Not known yet")
         await page.look("empty")
         await redis.mset({f"balance:{n}": f"{n}.25" for n in range(1, 501)})
         await page.page.click("#sync")
@@ -99,9 +109,14 @@ async def test_a_server_that_is_down(
         await daemon.api.sync()
         async with tab(browser, address(config)) as page:
             await page.until("#verdict-title", "Safe: everything up to")
+            await page.page.click("#sync")
+            await page.until("#said", "Sync succeeded in")
             redis_server.kill()
             await page.until("#verdict-title", "Redis doesn't answer")
+            # What went well a moment ago is no comfort.
+            assert await page.text("#said") == ""
             await page.until("#verdict-detail", "balances are read from there")
+            assert await page.page.get_attribute("#verdict", "data-level") == "bad"
             await page.look("redis-down")
             redis_server.start()
             await page.until("#redis", "up")
@@ -111,9 +126,19 @@ async def test_a_server_that_is_down(
             await page.until("#open", "PostgreSQL can't tell now")
             await page.until("#rejects-none", "Not known: PostgreSQL can't tell now.")
             await page.look("postgres-down")
+            # It's postponed before the answer to the request for it has come.
+            await page.page.click("#sync")
+            await page.until("#said", "Sync postponed, it starts by itself when it can: PostgreSQL")
+            await page.page.wait_for_function(
+                "document.getElementById('sync').getAttribute('aria-disabled') == 'false'"
+            )
+            assert "has started" not in await page.text("#said")
+            redis_server.kill()
+            await page.until("#verdict-title", "Neither PostgreSQL nor Redis answers")
+            await page.until("#verdict-detail", "A sync starts when both are back")
         async with tab(browser, address(config)) as page:
-            await page.until("#verdict-title", "PostgreSQL doesn't answer")
-            await page.look("postgres-down-from-the-start")
+            await page.until("#verdict-title", "Neither PostgreSQL nor Redis answers")
+            await page.look("both-down-from-the-start")
 
 
 async def test_tables_of_its_own_that_are_not_there(
@@ -162,8 +187,95 @@ async def test_what_the_guard_refused(
         await page.until("#verdict-title", "the guard refuses to follow Redis")
         await page.until("#refused", "balances: Redis has no key at all, but 1,000 were known.")
         assert "balancesync sync --accept-loss" in await page.text("#refusal")
+        assert "Stop the application" in await page.text("#refusal")
+        assert await page.page.is_hidden("#changed")
         await page.until("#runs tbody", "refused")
         await page.look("refused")
+        # The application has begun them again.
+        await redis.mset({f"balance:{n}": "2" for n in range(900)})
+        await daemon.api.sync()
+        await page.until("#refused", "came back changed")
+        await page.until("#changed", "--overwrite")
+        await page.look("refused-came-back")
+
+
+async def test_a_redis_without_any_balance_is_not_called_safe(
+    browser: Browser, postgres_dsn: str, redis_url: str, redis: Redis
+) -> None:
+    config = daemon_config(postgres_dsn, redis_url)
+    async with Inside(config) as daemon, tab(browser, address(config)) as page:
+        await daemon.leads()
+        assert (await daemon.api.sync())["status"] == "succeeded"
+        await page.until("#verdict-title", "Redis had no key of balances at ")
+        assert await page.page.get_attribute("#verdict", "data-level") == "warn"
+        await page.look("without-keys")
+        await redis.set("balance:1", "1")
+        await daemon.api.sync()
+        await page.until("#verdict-title", "Safe: everything up to")
+
+
+async def test_drift_shows_until_somebody_has_looked_again(
+    browser: Browser, postgres_dsn: str, redis_url: str, redis: Redis
+) -> None:
+    config = daemon_config(postgres_dsn, redis_url)
+    await redis.mset({f"balance:{n}": "1" for n in range(100)})
+    async with Inside(config) as daemon, tab(browser, address(config)) as page:
+        await daemon.leads()
+        await daemon.api.sync()
+        await page.until("#verdict-title", "Safe: everything up to")
+        await redis.mset({"balance:1": "2", "balance:2": "2"})
+        assert await typed(config, "verify") == 1
+        # A slip is no reason to look.
+        assert await typed(config, "restore", "--as-of", "2020-01-01T00:00:00Z") == 1
+        await page.until("#verdict-detail", "The last verify found drift: 2 rows differ from Redis")
+        assert "restore" not in await page.text("#verdict-detail")
+        assert await page.page.get_attribute("#verdict", "data-level") == "warn"
+        await page.until("#runs tbody", "drift found")
+        await page.until("#runs tbody", "Drift: 2 rows differ between Redis and PostgreSQL")
+        await page.look("drift")
+        await daemon.api.sync()
+        await page.until("#verdict[data-level=ok]", "Safe: everything up to")
+
+
+async def test_the_counts_of_a_restore_are_keys_and_in_no_chart(
+    browser: Browser, postgres_dsn: str, redis_url: str, redis: Redis
+) -> None:
+    config = daemon_config(postgres_dsn, redis_url)
+    await redis.mset({f"balance:{n}": "1" for n in range(100)})
+    async with Inside(config) as daemon, tab(browser, address(config)) as page:
+        await daemon.leads()
+        await daemon.api.sync()
+        await redis.delete("balance:1", "balance:2")
+        assert await typed(config, "restore") == 0
+        await page.until("#verdict-title", "Safe: everything up to")
+        await page.until("#runs tbody", "The counts are keys in Redis, not rows")
+        await page.page.wait_for_selector("#durations[aria-label^='Durations of the last 1 ']")
+        await page.look("restored")
+
+
+async def test_the_focus_stays_where_rejects_are_drawn_anew(
+    browser: Browser, postgres_dsn: str, redis_url: str, redis: Redis
+) -> None:
+    config = daemon_config(postgres_dsn, redis_url)
+    await redis.mset({f"balance:{n}": "1" for n in range(100)})
+    await redis.mset({"balance:1": "x", "balance:2": "1.505"})
+    async with Inside(config) as daemon, tab(browser, address(config)) as page:
+        await daemon.leads()
+        await daemon.api.sync()
+        samples = "[aria-label='Samples of too_many_decimals in balances']"
+        await page.page.click(samples)
+        await page.until("#samples-title", "too_many_decimals in balances: all 1, as of ")
+        await page.page.focus(samples)
+        await redis.set("balance:1", "1")
+        await daemon.api.sync()
+        await page.until("#open", "too_many_decimals")
+        held = "chosen => document.activeElement.matches(chosen)"
+        assert await page.page.evaluate(held, samples)
+        await page.page.wait_for_selector("#samples", state="visible")
+        await redis.set("balance:2", "1")
+        await daemon.api.sync()
+        await page.page.wait_for_selector("#samples", state="hidden")
+        assert await page.focused() == "rejects-title"
 
 
 async def test_a_standby(browser: Browser, postgres_dsn: str, redis_url: str) -> None:
@@ -178,6 +290,7 @@ async def test_a_standby(browser: Browser, postgres_dsn: str, redis_url: str) ->
             await page.until("#host", f"host-b:7; {leader.daemon.state.name} leads and runs")
             await page.until("#next", "none planned")
             assert await page.page.is_disabled("#sync")
+            await page.until("#off", f"{leader.daemon.state.name} leads, ask there.")
             await page.look("standby")
 
 
@@ -196,6 +309,8 @@ async def test_a_hundred_thousand_rejects(
         await daemon.api.sync()
         async with tab(browser, address(config)) as page:
             await page.until("#open", "100,000")
+            await page.until("#verdict-title", "Not safe: 100,000 records can't be stored")
+            assert await page.page.get_attribute("#verdict", "data-level") == "bad"
             await page.until("#verdict-detail", "more than guard.max_rejects")
             await page.page.click("#rejects button >> nth=0")
             await page.until("#samples-title", "the newest 20 of")
@@ -232,10 +347,14 @@ async def test_a_run_under_way_and_its_cancel(
         await page.until("#far", "left")
         assert await page.page.get_attribute("#bar", "value") is not None
         await page.look("running")
-        await page.page.click("#cancel")
+        await page.page.focus("#cancel")
+        await page.page.keyboard.press("Enter")
         await page.until("#said", "Sync cancelled in")
         await page.until("#runs tbody", "cancelled on demand")
+        # What it had read isn't known any more, and isn't nothing.
+        assert await page.text("#runs tbody tr >> nth=0 >> td >> nth=3") == "\N{EN DASH}"
         await page.page.wait_for_selector("#current", state="hidden")
+        assert await page.focused() == "sync"
 
 
 async def test_a_daemon_that_is_told_to_stop_while_a_run_is_under_way(
@@ -290,7 +409,7 @@ async def test_a_dry_run_shows_exact_texts_and_no_markup(
         assert "1.00 → 2.50" in cells
         total = "9007199254740994.57"
         assert f"would change by +{total}." in await page.text("#found-body")
-        assert await page.page.evaluate("document.activeElement.id") == "found-title"
+        assert await page.focused() == "found-title"
         await page.look("dry-run")
         await daemon.api.sync()
         # What has been written is no difference any more.
@@ -312,10 +431,13 @@ async def test_the_token_is_asked_for_once_and_kept_for_the_tab(
     async with Inside(config) as daemon, tab(browser, address(config)) as page:
         await daemon.leads()
         await page.until("#connection", "Connected")
-        await page.page.click("#sync")
+        await page.page.focus("#sync")
+        await page.page.keyboard.press("Enter")
         await page.page.wait_for_selector("dialog[open]")
         await page.look("token")
-        await page.page.click("dialog [data-no]")
+        await page.page.keyboard.press("Escape")
+        await page.page.wait_for_selector("dialog", state="hidden")
+        assert await page.focused() == "sync"
         assert daemon.runner.current is None
         assert await page.page.evaluate("sessionStorage.length") == 0
         await page.page.click("#sync")
@@ -330,6 +452,11 @@ async def test_the_token_is_asked_for_once_and_kept_for_the_tab(
         await page.until("#found-title", "What a sync would do")
         assert await page.page.evaluate("localStorage.length") == 0
         assert "s3cret" not in await page.page.content()
+        # The daemon has another one since: nobody has typed anything wrong.
+        await page.page.evaluate("sessionStorage.setItem('balancesync.token', 'older')")
+        await page.page.click("#sync")
+        await page.page.wait_for_selector("dialog[open]")
+        assert await page.text("#token-wrong") == ""
 
 
 async def test_a_lost_connection_shows_and_heals(

@@ -28,6 +28,9 @@ const state = {
   found: null, // the dry run that is shown
   busy: null, // what is being asked for, and not yet answered
   silence: 0,
+  level: "wait", // of the verdict
+  cheers: false, // whether what is said is good news
+  samples: null, // the kind of rejects whose samples are shown
   drawn: {}, // what was shown last, by its part
   due: 0,
 };
@@ -59,14 +62,13 @@ async function refresh() {
 
 async function load() {
   const { document: status, behind } = await read("status");
-  const before = state.status;
   Object.assign(state, { status, behind, readAt: performance.now() });
   state.heard = now();
+  // A run of another process tells of itself by the records alone, and may not be the only one.
+  const unheard = status.last_run && !state.runs.has(status.last_run.id);
   if (status.last_run) take(status.last_run);
-  // A run of another process tells of itself by the records alone.
-  const moved = before && before.last_run?.id !== status.last_run?.id;
   const readable = status.health.checks.schema?.status === "ok";
-  if (readable && (!state.knows || (moved && !state.flows))) await loadRuns();
+  if (readable && (!state.knows || unheard)) await loadRuns();
   if (state.dryRun && state.runs.has(state.dryRun)) await showDryRun();
 }
 
@@ -130,20 +132,16 @@ function hear(kind, document) {
 
 function announce(run) {
   if (run.mode === "dry_run" && run.id === state.dryRun) return;
-  const told = run.status === "succeeded" ? `: ${words.outcome(run)}` : "";
-  const took = run.duration_s ? ` in ${words.span(run.duration_s)}` : "";
-  tell(words.capital(`${words.nameOf(run)} ${run.status}${took}${told}`), badly(run));
+  tell(words.ended(run), words.ENDED_BADLY.includes(run.status));
+  state.cheers = words.ENDED_WELL.includes(run.status);
 }
 
 // Said once; what is a minute old is no news.
 function tell(text, bad = false) {
   view.say("said", text, bad ? "bad" : "");
+  state.cheers = false;
   clearTimeout(state.silence);
   state.silence = setTimeout(() => view.say("said", ""), NEWS_MS);
-}
-
-function badly(run) {
-  return words.ENDED_BADLY.includes(run.status);
 }
 
 // How fast it goes in this phase, and how long it will take at that.
@@ -170,7 +168,7 @@ function render() {
     view.showServers(status, now(), state.lost === null ? null : words.moment(state.heard, now()));
     if (isNew("refusal", status.refusal)) view.showRefusal(status, now());
     if (isNew("rejects", [status.rejects, words.noRejects(status)])) {
-      view.showRejects(status, (row) => act("samples", () => samples(row)));
+      view.showRejects(status, state.samples, (row) => act("samples", () => samples(row)));
     }
     showRuns();
     showCurrent();
@@ -189,7 +187,13 @@ function isNew(part, value) {
 
 function showSafety() {
   const { status, lost, heard } = state;
-  if (lost === null) return view.showVerdict(words.verdict(status, now()));
+  if (lost === null) {
+    const found = words.verdict(status, now());
+    // What went well before is no comfort.
+    if (state.cheers && found.level === "bad" && state.level !== "bad") tell("");
+    state.level = found.level;
+    return view.showVerdict(found);
+  }
   const until = status.safe_until;
   const kept = until ? `: everything up to ${words.moment(until, now())} was in PostgreSQL` : "";
   const was = status.state === "draining" ? "the daemon was stopping" : "the daemon doesn't answer";
@@ -214,7 +218,7 @@ function showRuns() {
   const today = new Date(now()).toDateString();
   if (!isNew("runs", [runs.length, runs[0]?.id, state.shown, today, state.read])) return;
   view.showRuns(runs, state.shown, now(), state.read);
-  const writing = runs.filter((run) => run.mode === "apply").reverse();
+  const writing = runs.filter((run) => run.mode === "apply" && run.job === "sync").reverse();
   view.byId("charts").hidden = writing.length === 0;
   if (!writing.length) return;
   // By far the largest part, and not needed for the first words. What didn't come is asked for again.
@@ -239,8 +243,12 @@ function allow() {
   const { status, lost, busy } = state;
   const leads = status && !["standby", "draining"].includes(status.state);
   for (const id of ["sync", "dry", "cancel"]) {
-    view.byId(id).disabled = !leads || lost !== null || busy !== null;
+    view.byId(id).disabled = !leads || lost !== null;
+    // One that is disabled would lose the focus.
+    view.byId(id).setAttribute("aria-disabled", String(busy !== null));
   }
+  const elsewhere = status?.state === "standby" && lost === null;
+  view.say("off", elsewhere ? `The buttons are off here: ${status.leader} leads, ask there.` : "");
 }
 
 // Do what a button asks for, one thing at a time; say what came of it.
@@ -265,6 +273,8 @@ async function start(path, name) {
   if (!accepted) return "";
   soon();
   if (name === "dry run") state.dryRun = accepted.run_id;
+  // Its end may be heard before this answer, and is the later word.
+  if (state.runs.has(accepted.run_id)) return "";
   return accepted.state === "queued" ? `The ${name} waits for the run under way` : `The ${name} has started`;
 }
 
@@ -277,7 +287,9 @@ async function cancel() {
 async function samples(row) {
   const query = new URLSearchParams({ limit: SAMPLES, mapping: row.mapping, reason: row.name });
   const found = await ask(`rejects?${query}`);
-  if (found) view.showSamples(row, found.rejects, now());
+  if (!found) return "";
+  state.samples = row;
+  view.showSamples(row, found.rejects, now());
   return "";
 }
 

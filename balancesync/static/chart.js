@@ -111,7 +111,7 @@ function tell(index) {
   const run = runs[index ?? -1];
   byId("reading").textContent = run
     ? `${moment(run.started_at, now)} · ${nameOf(run)} ${run.status} in ${span(run.duration_s ?? 0)}`
-    : "Each bar is a run that writes, the newest on the right";
+    : "Each bar is a sync that writes, the newest on the right";
   for (const button of byId("legend").querySelectorAll("button")) {
     const name = button.dataset.name;
     button.lastChild.data = run ? `${label(name)} ${count(run[name])}` : label(name);
@@ -124,8 +124,8 @@ function label(name) {
 
 function describe() {
   const last = runs.at(-1);
-  host.durations.setAttribute("aria-label", `Durations of the last ${runs.length} runs, the latest ${span(last.duration_s ?? 0)}. The table below has them all.`);
-  host.outcomes.setAttribute("aria-label", `Records of the last ${runs.length} runs by outcome, of the latest: ${outcome(last)}. The table below has them all.`);
+  host.durations.setAttribute("aria-label", `Durations of the last ${runs.length} syncs, the latest ${span(last.duration_s ?? 0)}. The table below has the last runs.`);
+  host.outcomes.setAttribute("aria-label", `Records of the last ${runs.length} syncs by outcome, of the latest: ${outcome(last)}. The table below has the last runs.`);
 }
 
 function legend() {

@@ -24,9 +24,10 @@ export async function read(path) {
 
 // A document of those that want the token; null if the user doesn't give it.
 export async function ask(path, method = "GET") {
-  let wrong = false;
+  let problem = "";
   for (;;) {
-    const token = needsToken ? sessionStorage.getItem(KEPT) ?? (await askToken(wrong)) : "";
+    const kept = sessionStorage.getItem(KEPT);
+    const token = needsToken ? kept ?? (await askToken(problem)) : "";
     if (token === null) return null;
     // What no header can carry is no token of the daemon's.
     const answer = PRINTABLE.test(token) ? await send(path, authorised(method, token)) : null;
@@ -35,7 +36,7 @@ export async function ask(path, method = "GET") {
       return documentOf(answer);
     }
     sessionStorage.removeItem(KEPT);
-    wrong = true;
+    problem = kept === null ? "That isn't the token." : "";
   }
 }
 
@@ -79,12 +80,11 @@ async function documentOf(answer) {
   return document;
 }
 
-function askToken(wrong) {
+function askToken(problem) {
   const [form, field] = [dialog.querySelector("form"), dialog.querySelector("input")];
-  const problem = document.getElementById("token-wrong");
-  problem.textContent = wrong ? "That isn't the token." : "";
+  document.getElementById("token-wrong").textContent = problem;
   field.value = "";
-  field.setAttribute("aria-invalid", String(wrong));
+  field.setAttribute("aria-invalid", String(problem !== ""));
   return new Promise((resolve) => {
     let given = null;
     form.onsubmit = (event) => {

@@ -3,6 +3,8 @@
 import * as words from "./words.js";
 
 const ICON = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16"><circle cx="8" cy="8" r="7" fill="COLOUR"/></svg>';
+// One that gave up says no counts of what it had read.
+const CUT_OFF = ["cancelled", "interrupted", "postponed"];
 const WRITTEN = ["inserted", "updated", "deleted"];
 const COLOURS = { ok: "#17702f", warn: "#d99a00", bad: "#c01c28", wait: "#0a58a8" };
 
@@ -16,11 +18,23 @@ function make(tag, className, ...children) {
   return made;
 }
 
-// Only a change is announced, and only a change costs a layout.
+// Only a change is announced, and only a change costs a layout. What is in `backticks` is code.
 export function say(id, text, className) {
   const element = byId(id);
-  if (element.textContent !== text) element.textContent = text;
+  if (element.said !== text) element.replaceChildren(...parts(text));
+  element.said = text;
   if (className !== undefined) element.className = className;
+}
+
+function parts(text) {
+  const pieces = text.split("`");
+  if (pieces.length % 2 === 0) return [text];
+  return pieces.map((piece, index) => (index % 2 ? make("code", "", ...command(piece)) : piece));
+}
+
+// Broken between its words alone: half an option is none.
+function command(text) {
+  return text.split(" ").flatMap((word, index) => [index ? " " : "", make("span", "", word)]);
 }
 
 function fill(body, rows) {
@@ -36,10 +50,11 @@ function table(head, rows, right = []) {
   return make("table", "", make("thead", "", make("tr", "", ...cells)), make("tbody", "", ...rows));
 }
 
-function pill(status) {
+function pill(run) {
+  const { status } = run;
   const ok = words.ENDED_WELL.includes(status);
   const level = ok ? "ok" : words.ENDED_BADLY.includes(status) ? "bad" : "warn";
-  return make("span", `pill ${level}`, status);
+  return words.drift(run) ? make("span", "pill warn", "drift found") : make("span", `pill ${level}`, status);
 }
 
 function time(text, now) {
@@ -91,6 +106,7 @@ export function showServers(status, now, then) {
   }
   const level = { off: "", up: "ok", "catching up": "warn", down: "bad" }[status.live];
   show("live", status.live, level, words.live(status, now));
+  byId("unshown").hidden = status.live === "off";
   const rows = words.rejectsOf(status);
   const sum = rows.reduce((total, row) => total + row.number, 0);
   const over = status.health.checks.rejects?.status === "degraded";
@@ -113,10 +129,12 @@ export function showRefusal(status, now) {
     return make("li", "", make("b", "", each.mapping), `: ${each.reason}.`, ...since);
   });
   fill(byId("refused"), rows);
+  byId("changed").hidden = !(status.refusal ?? []).some((each) => each.reason.includes("came back changed"));
 }
 
 // A run under way; `pace` is { perSecond, left } as far as it's known.
 export function showCurrent(run, queued, pace) {
+  if (!run && byId("current").contains(document.activeElement)) byId("sync").focus();
   byId("current").hidden = !run;
   if (!run) return;
   const waiting = queued ? `; ${words.plural(queued, "more waits", "more wait")}` : "";
@@ -132,12 +150,12 @@ export function showCurrent(run, queued, pace) {
 function far(run, progress, pace) {
   if (!progress) return run.trigger === "cli" ? "A command runs it: end it there with Ctrl-C." : "Starting…";
   const doing = { scan: "Reading", compare: "Comparing", apply: "Writing" }[progress.phase] ?? progress.phase;
-  const parts = [`${doing} ${progress.mapping ?? ""}`.trim()];
-  if (progress.total) parts.push(`${words.count(progress.done)} of ${words.count(Math.max(progress.total, progress.done))}`);
-  else if (progress.done) parts.push(words.count(progress.done));
-  if (pace.perSecond) parts.push(`${words.short(pace.perSecond)}/s`);
-  if (pace.left) parts.push(`${words.about(pace.left)} left`);
-  return parts.join(" · ");
+  const told = [`${doing} ${progress.mapping ?? ""}`.trim()];
+  if (progress.total) told.push(`${words.count(progress.done)} of ${words.count(Math.max(progress.total, progress.done))}`);
+  else if (progress.done) told.push(words.count(progress.done));
+  if (pace.perSecond) told.push(`${words.short(pace.perSecond)}/s`);
+  if (pace.left) told.push(`${words.about(pace.left)} left`);
+  return told.join(" · ");
 }
 
 export function showRuns(runs, shown, now, knows) {
@@ -151,16 +169,18 @@ export function showRuns(runs, shown, now, knows) {
 
 function runRows(run, now) {
   const what = make("small", "", `${words.nameOf(run)} ${words.asked(run.trigger)}`);
-  const row = make("tr", "", make("td", "", time(run.started_at, now), what), make("td", "", pill(run.status)),
-    make("td", "n", run.duration_s === null ? "–" : words.span(run.duration_s)),
-    make("td", "n wide", words.count(run.scanned)));
+  const took = run.duration_s === null ? "–" : words.span(run.duration_s);
   const number = (of) => (of ? words.count(of) : make("span", "soft", "0"));
+  const none = () => make("span", "soft", "–");
+  const row = make("tr", "", make("td", "", time(run.started_at, now), what),
+    make("td", "", pill(run), make("small", "narrow", took)), make("td", "n wide", took),
+    make("td", "n wide", run.scanned || !CUT_OFF.includes(run.status) ? words.count(run.scanned) : none()));
   for (const name of WRITTEN) row.append(make("td", "n wide", number(run[name])));
-  row.append(make("td", "n narrow", number(WRITTEN.reduce((sum, name) => sum + run[name], 0))));
+  const writes = run.mode === "apply" && !words.countsKeys(run);
+  row.append(make("td", "n narrow", writes ? number(WRITTEN.reduce((sum, name) => sum + run[name], 0)) : none()));
   row.append(make("td", "n", number(run.rejected)));
   row.title = run.id;
-  const notes = run.warnings.map((warning) => make("small", "warn", warning));
-  if (run.error) notes.unshift(make("small", words.ENDED_BADLY.includes(run.status) ? "bad" : "warn", run.error));
+  const notes = words.notes(run).map(({ level, text }) => make("small", level, ...parts(text)));
   if (!notes.length) return [row];
   const cell = make("td", "", ...notes);
   cell.colSpan = row.cells.length;
@@ -168,13 +188,21 @@ function runRows(run, now) {
   return [row, make("tr", "", cell)];
 }
 
-export function showRejects(status, onSamples) {
+// `shown`: the row whose samples are shown, if any.
+export function showRejects(status, shown, onSamples) {
   const rows = words.rejectsOf(status);
+  const held = byId("rejects-card").contains(document.activeElement) && document.activeElement;
+  const label = held && held.getAttribute("aria-label");
   say("rejects-none", words.noRejects(status).long);
   byId("rejects-none").hidden = rows.length > 0;
   byId("rejects").parentElement.hidden = rows.length === 0;
-  if (!rows.length) byId("samples").hidden = true;
+  const open = rows.some((row) => row.mapping === shown?.mapping && row.name === shown.name);
+  if (!open) byId("samples").hidden = true;
   fill(byId("rejects").tBodies[0], rows.map((row) => rejectRow(row, onSamples)));
+  if (!held || (held.isConnected && !held.closest("[hidden]"))) return;
+  // What had the focus is gone: it goes to what has come in its place.
+  const again = [...byId("rejects").querySelectorAll("button")].find((each) => each.getAttribute("aria-label") === label);
+  (again ?? byId("rejects-title")).focus();
 }
 
 function rejectRow(row, onSamples) {
@@ -189,9 +217,9 @@ function rejectRow(row, onSamples) {
 
 export function showSamples(row, rejects, now) {
   const first = rejects.length < row.number ? `the newest ${rejects.length} of ${words.count(row.number)}` : `all ${rejects.length}`;
-  say("samples-title", `${row.name} in ${row.mapping}: ${first}`);
-  byId("samples-all").parentElement.hidden = rejects.length >= row.number;
-  say("samples-all", `balancesync rejects --mapping ${row.mapping} --reason ${row.name} --limit ${row.number}`);
+  say("samples-title", `${row.name} in ${row.mapping}: ${first}, as of ${words.moment(now, now)}`);
+  byId("samples-all").hidden = rejects.length >= row.number;
+  say("samples-all", `All of them: \`balancesync rejects --mapping ${row.mapping} --reason ${row.name} --limit ${row.number}\``);
   fill(byId("samples").querySelector("tbody"), rejects.map((each) => make("tr", "",
     make("td", "text", make("code", "", cut(each.key)), make("small", "", cut(each.detail))),
     make("td", "text", each.value === null ? make("span", "soft", "none") : make("code", "", cut(each.value))),
@@ -212,9 +240,9 @@ export function showFound(run) {
   const body = byId("found-body");
   const title = run.status === "succeeded" ? "What a sync would do" : `The dry run was ${run.status}`;
   say("found-title", title);
-  const parts = run.error ? [make("p", "", run.error)] : [countsTable(run)];
-  for (const report of run.report ?? []) parts.push(...reportParts(report, run));
-  body.replaceChildren(...parts);
+  const found = run.error ? [make("p", "", ...parts(run.error))] : [countsTable(run)];
+  for (const report of run.report ?? []) found.push(...reportParts(report, run));
+  body.replaceChildren(...found);
   byId("found").hidden = false;
   byId("found-title").focus();
 }
@@ -227,7 +255,13 @@ export function hideFound() {
   if (held) byId("dry").focus();
 }
 
+// A table that scrolls, or on a phone has each row below the other, so that no amount is cut.
 function scroll(inner, label) {
+  inner.className = "stack";
+  const heads = [...inner.tHead.rows[0].cells].map((cell) => cell.textContent);
+  for (const row of inner.tBodies[0].rows) {
+    for (const [index, cell] of [...row.cells].entries()) cell.dataset.head = heads[index];
+  }
   const made = make("div", "scroll", inner);
   made.tabIndex = 0;
   made.setAttribute("role", "region");
@@ -244,26 +278,26 @@ function countsTable(run) {
 }
 
 function reportParts(report, run) {
-  const parts = [];
+  const found = [];
   if (report.rows.length) {
     const keys = Object.keys(report.rows[0].key);
     const values = Object.keys(report.rows[0].new ?? report.rows[0].old);
     const rows = report.rows.map((row) => make("tr", "",
       make("td", "", row.op),
       ...keys.map((name) => make("td", "text", make("code", "", cut(row.key[name])))),
-      ...values.map((name) => make("td", "n", ...move(row, name)))));
+      ...values.map((name) => make("td", "n", make("span", "", ...move(row, name))))));
     const right = values.map((_, index) => 1 + keys.length + index);
     const counts = run.mappings[report.mapping];
     const all = counts.inserted + counts.updated + counts.deleted;
     const more = all > report.rows.length ? `: the first ${report.rows.length} of ${words.count(all)} rows` : "";
-    parts.push(make("h3", "", `${report.mapping}${more}`), scroll(table(["Change", ...keys, ...values], rows, right), `Rows of ${report.mapping}`));
+    found.push(make("h3", "", `${report.mapping}${more}`), scroll(table(["Change", ...keys, ...values], rows, right), `Rows of ${report.mapping}`));
   }
   for (const [column, total] of Object.entries(report.totals)) {
     const sign = total.startsWith("-") ? "" : "+";
     const moved = /[1-9]/.test(total) ? `would change by ${sign}${total}` : "would stay the same";
-    parts.push(make("p", "", `The total of ${column} in ${report.mapping} ${moved}.`));
+    found.push(make("p", "", `The total of ${column} in ${report.mapping} ${moved}.`));
   }
-  return parts;
+  return found;
 }
 
 function move(row, column) {
