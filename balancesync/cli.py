@@ -10,6 +10,7 @@ Heavy rooms are imported when a command needs them: `--help` must not wait for t
 """
 
 import argparse
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from balancesync import arguments
 from balancesync.arguments import USAGE
-from balancesync.errors import BalanceSyncError, ConfigError
+from balancesync.errors import BalanceSyncError, ConfigError, Unavailable
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
@@ -44,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return demo.run(execute, once=args.once)
         from balancesync.config import load  # noqa: PLC0415
 
-        return _execute(args, load(args.config), report_bugs=argv is None)
+        config = load(args.config)
+        return _execute(args, config, report_bugs=argv is None, hint=_hint(args, config))
     except BalanceSyncError as error:
         wants_all = args.command == "check"
         for line in error.lines if wants_all and isinstance(error, ConfigError) else [str(error)]:
@@ -60,7 +62,9 @@ def execute(argv: Sequence[str], config: "Config") -> int:
     return _execute(arguments.parse(argv), config, report_bugs=False)
 
 
-def _execute(args: argparse.Namespace, config: "Config", *, report_bugs: bool) -> int:
+def _execute(
+    args: argparse.Namespace, config: "Config", *, report_bugs: bool, hint: str = ""
+) -> int:
     import asyncio  # noqa: PLC0415
 
     from balancesync import telemetry  # noqa: PLC0415
@@ -80,10 +84,30 @@ def _execute(args: argparse.Namespace, config: "Config", *, report_bugs: bool) -
             from balancesync import commands  # noqa: PLC0415
 
             commands.configure_logs(config, secrets, verbose=args.verbose)
-            return runner.run(commands.COMMANDS[args.command](config, args))
+            code = runner.run(commands.COMMANDS[args.command](config, args))
     except BalanceSyncError as error:
-        _say(telemetry.printable(telemetry.hide(str(error), secrets)))
+        why = f"; {hint}" if hint and isinstance(error, Unavailable) else ""
+        _say(telemetry.printable(telemetry.hide(f"{error}{why}", secrets)))
         return error.exit_code
+    # These show what doesn't answer, and raise nothing.
+    if hint and (code == Unavailable.exit_code or (args.command == "health" and code)):
+        _say(hint)
+    return code
+
+
+def _hint(args: argparse.Namespace, config: "Config") -> str:
+    """Why a server can't be reached, where nobody has said which one it is."""
+    from balancesync.config import DEFAULT_FILE, FILE_VARIABLE, Config  # noqa: PLC0415
+
+    if args.config or os.environ.get(FILE_VARIABLE) or DEFAULT_FILE.exists():
+        return ""
+    default = Config()
+    if config.redis != default.redis and config.postgres != default.postgres:
+        return ""
+    return (
+        f"there is no {DEFAULT_FILE} here, so these are the defaults;"
+        f" --config or {FILE_VARIABLE} names one"
+    )
 
 
 def _loop_factory() -> "Callable[[], AbstractEventLoop] | None":

@@ -374,6 +374,33 @@ async def test_without_postgres(run: Run, config: Path) -> None:
     assert (health.code, health.document["status"]) == (1, "unhealthy")
 
 
+def test_who_has_no_configuration_is_told_so_where_nothing_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name in [name for name in os.environ if name.startswith("BALANCESYNC_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BALANCESYNC_POSTGRES__DSN", "postgresql://127.0.0.1:1/none")
+    monkeypatch.setenv("BALANCESYNC_HTTP__PORT", "1")
+    hint = (
+        "there is no config.toml here, so these are the defaults;"
+        " --config or BALANCESYNC_CONFIG names one\n"
+    )
+    for command, code in (("status", 75), ("health", 1), ("runs", 75), ("cancel", 75)):
+        assert cli.main([command]) == code
+        err = capfd.readouterr().err
+        assert err.endswith(hint)
+        assert len(err.splitlines()) == 1
+    # In a container the environment is all there is.
+    monkeypatch.setenv("BALANCESYNC_REDIS__URL", "redis://127.0.0.1:1")
+    assert cli.main(["status"]) == 75
+    assert capfd.readouterr().err == ""
+    monkeypatch.delenv("BALANCESYNC_REDIS__URL")
+    (tmp_path / "config.toml").write_text("")
+    assert cli.main(["runs"]) == 75
+    assert "config.toml" not in capfd.readouterr().err
+
+
 async def test_configuration_and_table_errors_exit_2(
     run: Run, config: Path, redis: Redis, pg: asyncpg.Connection
 ) -> None:
