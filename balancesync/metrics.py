@@ -220,9 +220,12 @@ class Metrics:
         """Take over what PostgreSQL knows, so that it's right after a restart and on a standby."""
         for job, at in known.last_success.items():
             self.last_success.labels(job).set(at)
+        self.drift.clear()
         for mapping in self._mappings:
             self.rejects.labels(mapping).set(known.rejects.get(mapping, 0))
-            self.drift.labels(mapping).set(known.drift.get(mapping, 0))
+            # Of what no verify has looked at, nobody knows whether it differs.
+            if mapping in known.drift:
+                self.drift.labels(mapping).set(known.drift[mapping])
         self._refused = known.refused
 
     def render(self) -> bytes:

@@ -127,6 +127,7 @@ def test_what_postgres_remembers_shows_after_a_restart(metrics: Metrics) -> None
     assert value(metrics, "rejects", mapping="balances") == 7
     assert value(metrics, "rejects", mapping="bonus") == 0
     assert value(metrics, "drift_records", mapping="balances") == 2
+    assert value(metrics, "drift_records", mapping="bonus") is None
     assert value(metrics, "guard_refused") == 1
     metrics.remember(Known())
     assert value(metrics, "rejects", mapping="balances") == 0

@@ -20,6 +20,7 @@ from redis.asyncio import Redis
 from running import Inside, daemon_config, free_port
 
 from balancesync import probing
+from balancesync.model import Request
 
 ROOT = Path(__file__).parents[1]
 ALERTS = ROOT / "docs/prometheus/alerts.yml"
@@ -50,7 +51,15 @@ def expressions() -> list[str]:
     dashboard = json.loads(DASHBOARD.read_text())
     found = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", ())]
     assert len(found) > 25
-    return [each.replace("$job", "balancesync").replace("$__rate_interval", "1m") for each in found]
+    return [filled(each) for each in found]
+
+
+def filled(expression: str, env: str = "") -> str:
+    """An expression with its variables filled in; Grafana has "" for a label that there isn't."""
+    filled = {"$job": "balancesync", "$env": env, "$__rate_interval": "1m"}
+    for name, value in filled.items():
+        expression = expression.replace(name, value)
+    return expression
 
 
 class Prometheus:
@@ -124,7 +133,7 @@ async def test_everything_on_a_real_scrape(
     postgres_dsn: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A leader that has succeeded and refused, and a standby."""
+    """A leader that has succeeded, verified and refused, and a standby."""
     monkeypatch.setattr(probing, "_CALM_S", 0.05)
     monkeypatch.setattr(probing, "_REFRESH_S", 0.1)
     await redis.mset({f"balance:{user}": user for user in range(20)} | {"balance:x": 1})
@@ -140,6 +149,11 @@ async def test_everything_on_a_real_scrape(
             await leader.api.sync()
             await leader.api.until_sample(
                 'expiring_keys{mapping="balances"}', lambda keys: keys == 1
+            )
+            ticket, _ = leader.runner.submit(Request(job="verify", trigger="http", mode="verify"))
+            assert (await asyncio.shield(ticket.done)).status == "succeeded"
+            await leader.api.until_sample(
+                'drift_records{mapping="balances"}', lambda rows: rows == 0
             )
             await redis.flushdb()
             assert (await leader.api.sync())["status"] == "refused"
@@ -200,5 +214,45 @@ def test_the_dashboard_is_one() -> None:
     ]
     assert len({panel["id"] for panel in panels}) == len(panels)
     assert {variable["name"] for variable in dashboard["templating"]["list"]} == {
-        *("datasource", "job")
+        *("datasource", "job", "env")
     }
+
+
+def test_every_expression_is_of_one_installation() -> None:
+    dashboard = json.loads(DASHBOARD.read_text())
+    for panel in dashboard["panels"]:
+        for target in panel.get("targets", ()):
+            selectors = re.findall(r"balancesync_\w+(\{[^}]*\}|)|up(\{[^}]*\})", target["expr"])
+            assert all('job="$job",env="$env"' in "".join(each) for each in selectors), panel
+
+
+@needs_prometheus
+def test_the_dashboard_keeps_two_installations_apart(tmp_path: Path) -> None:
+    panels = {each["title"]: each for each in json.loads(DASHBOARD.read_text())["panels"]}
+    known = (
+        *("leader", "1x300", "1x300"),
+        *('last_success_timestamp_seconds{exported_job="sync"}', "0x300", "0+60x300"),
+        *("planned_interval_seconds", "3600x300", "3600x300"),
+        *("expiring_keys", "7x300", "_x300"),
+    )
+    series = []
+    for name, *values in zip(known[::3], known[1::3], known[2::3], strict=True):
+        metric, _, more = name.partition("{")
+        more = more.removesuffix("}") and f",{more.removesuffix('}')}"
+        for env, each in zip(("prod", "test"), values, strict=True):
+            labels = f'job="balancesync",instance="{env}:1",env="{env}"{more}'
+            series.append({"series": f"balancesync_{metric}{{{labels}}}", "values": each})
+    expected: list[dict[str, Any]] = []
+    # Keys with a TTL are told also by who doesn't know yet whether they may be evicted.
+    for title, env, value in (
+        *(("Leaders", "prod", 1), ("Leaders", "test", 1)),
+        *(("Last success", "prod", 5), ("Last success", "test", 0)),
+        ("Expire or may be evicted", "prod", 7),
+    ):
+        expression = filled(panels[title]["targets"][0]["expr"], env)
+        samples = [{"value": value}]
+        expected.append({"expr": expression, "eval_time": "5h", "exp_samples": samples})
+    test = {"interval": "1m", "input_series": series, "promql_expr_test": expected}
+    file = tmp_path / "dashboard_test.yml"
+    file.write_text(yaml.safe_dump({"evaluation_interval": "1m", "tests": [test]}))
+    assert "SUCCESS" in promtool("test", "rules", str(file))
