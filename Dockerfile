@@ -37,9 +37,10 @@ USER 10001:10001
 WORKDIR /var/lib/balancesync
 EXPOSE 8000
 
-# Liveness alone: a database that is away must not get the container restarted.
+# Liveness alone: a database that is away must not get the container restarted. It asks where the
+# daemon listens, by the same configuration.
 HEALTHCHECK --interval=15s --timeout=5s --start-period=20s --retries=3 \
-    CMD ["python", "-c", "import os, urllib.request as u; u.urlopen('http://127.0.0.1:' + os.environ.get('BALANCESYNC_HTTP__PORT', '8000') + '/livez', timeout=3)"]
+    CMD ["python", "-c", "import urllib.request as u; from balancesync.client import Client; from balancesync.config import load; u.urlopen(f'http://{Client(load().http).address}/livez', timeout=3)"]
 
 ENTRYPOINT ["balancesync"]
 CMD ["run"]

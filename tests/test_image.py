@@ -1,11 +1,16 @@
 """The image and compose.yaml as they are written; `make image-test` builds and runs them."""
 
+import asyncio
+import json
+import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from running import processes
 
 ROOT = Path(__file__).parents[1]
 SERVICES = ("redis", "postgres", "balancesync")
@@ -58,3 +63,35 @@ def test_the_daemon_may_do_nothing_it_need_not(services: dict[str, Any]) -> None
 def test_the_image_runs_as_a_user_known_by_number() -> None:
     last = (ROOT / "Dockerfile").read_text().rpartition("\nFROM ")[2]
     assert re.search(r"^USER [1-9]\d*:[1-9]\d*$", last, re.M)
+
+
+def test_compose_shows_where_a_mapping_goes(services: dict[str, Any]) -> None:
+    daemon = services["balancesync"]
+    [mount] = daemon["volumes"]
+    ours, theirs, right = mount.split(":")
+    assert "\n[[mapping]]\n" in (ROOT / ours).read_text()
+    assert (theirs, right) == (daemon["environment"]["BALANCESYNC_CONFIG"], "ro")
+
+
+async def test_the_health_check_asks_where_the_daemon_listens(
+    services: dict[str, Any], tmp_path: Path, postgres_dsn: str, redis_url: str
+) -> None:
+    found = re.search(r"^HEALTHCHECK .*\\\n +CMD (.*)", (ROOT / "Dockerfile").read_text(), re.M)
+    assert found is not None
+    python, *arguments = json.loads(found[1])
+    assert [python, *arguments] == services["balancesync"]["healthcheck"]["test"][1:]
+
+    async def check(file: Path) -> int:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, *arguments),
+            cwd=tmp_path,
+            env=os.environ | {"BALANCESYNC_CONFIG": str(file)},
+            stderr=asyncio.subprocess.DEVNULL,
+        )
+        return await process.wait()
+
+    async with processes(tmp_path, postgres_dsn, redis_url) as made:
+        file = made.file()
+        assert await check(file) != 0
+        await made.daemon(file=file)
+        assert await check(file) == 0
