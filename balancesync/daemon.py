@@ -14,6 +14,7 @@ from balancesync import __version__
 from balancesync.config import Config, JobConfig
 from balancesync.database import Database
 from balancesync.documents import Document
+from balancesync.errors import BalanceSyncError
 from balancesync.leadership import Leadership
 from balancesync.live import Live
 from balancesync.metrics import Metrics
@@ -119,6 +120,7 @@ class Daemon:
     async def _serve(self) -> None:
         async with asyncio.TaskGroup() as group:
             helpers = [
+                group.create_task(self._web.follow()),
                 group.create_task(self._leadership.serve()),
                 group.create_task(self._probing.serve()),
                 group.create_task(self._report()),
@@ -248,7 +250,10 @@ async def run(config: Config) -> int:
     try:
         await Daemon(config).run()
     except ExceptionGroup as group:
-        raise reason_of(group) from group
+        reason = reason_of(group)
+        if not isinstance(reason, BalanceSyncError):
+            log.critical("a bug ends balancesync", exc_info=reason)
+        raise reason from group
     return 0
 
 

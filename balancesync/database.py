@@ -1,17 +1,4 @@
-"""PostgreSQL sessions: connecting, what its errors mean, named SQL, the schema's steps.
-
-What an error means (SQLSTATE classes: PostgreSQL manual, appendix A):
-
-    can't connect, 08*, 57P01-57P03, 53300,      PostgresUnavailable   postpone, try again
-    25006 read-only, 55000 recovery, time-outs
-    28*, 3D000 user, password, database          ConfigError           someone must act
-    a setting of the DSN that the server refuses ConfigError           someone must act
-    42501 a right is missing                     RightMissing          someone must act
-    53100 disk full, 53200 out of memory         Transient             try again
-    40*, 55P03 locks; 42P01, 42703, 42804, 0A000 Transient, where no   try again
-    a table was changed in the middle of a run   slice of its own can
-    anything else                                passes through        it's a bug, or the caller's
-"""
+"""PostgreSQL sessions: connecting, named SQL, the schema's steps."""
 
 import asyncio
 import hashlib
@@ -28,15 +15,12 @@ import asyncpg
 
 from balancesync.config import PostgresConfig
 from balancesync.errors import (
-    BalanceSyncError,
     ConfigError,
     PostgresUnavailable,
-    RightMissing,
     SchemaMissing,
     SchemaTooNew,
-    Transient,
-    why_unreachable,
 )
+from balancesync.failures import BAD_SETTING, DRIVER_ERRORS, translate
 
 Connection = asyncpg.Connection
 Pool = asyncpg.Pool
@@ -58,30 +42,6 @@ _SESSION_14: Final = {"client_connection_check_interval": "2s", "idle_session_ti
 _RESERVED: Final = 2
 # Seconds, thirty years of them: to the driver, None would mean the connection's own limit.
 NO_LIMIT: Final = 1e9
-# A connection that breaks at the wrong moment confuses the driver: an InternalClientError.
-_DRIVER_ERRORS: Final = (
-    asyncpg.PostgresError,
-    asyncpg.InterfaceError,
-    asyncpg.InternalClientError,
-    OSError,
-    TimeoutError,
-)
-# What a server says of a setting in the DSN that it doesn't know or take.
-_BAD_SETTING: Final = (
-    asyncpg.UndefinedObjectError,
-    asyncpg.InvalidParameterValueError,
-    asyncpg.CantChangeRuntimeParamError,
-    asyncpg.ClientConfigurationError,
-)
-# Another session held a lock, or changed a table in the middle of the run.
-_PASSING: Final = (
-    asyncpg.TransactionRollbackError,
-    asyncpg.LockNotAvailableError,
-    asyncpg.UndefinedTableError,
-    asyncpg.UndefinedColumnError,
-    asyncpg.DatatypeMismatchError,
-    asyncpg.InvalidCachedStatementError,
-)
 
 
 @cache
@@ -143,8 +103,8 @@ class Database:
 
     @asynccontextmanager
     async def acquire(self, *, reserved: bool = False) -> AsyncIterator[Connection]:
-        """Borrow a pooled connection for short statements; raises as the module's table says."""
-        with self.translated():
+        """Borrow a pooled connection for short statements; raises what `failures` lists."""
+        with self.translated(last=True):
             async with self._opening:
                 if reserved:
                     pool = self._reserve = self._reserve or await self._make_pool(_RESERVED)
@@ -168,7 +128,7 @@ class Database:
     async def _open(self, dsn: str | None = None, **options: Any) -> Connection:
         try:
             return await asyncpg.connect(dsn, **options)
-        except _BAD_SETTING as error:
+        except BAD_SETTING as error:
             # Of a statement's own they would be a bug.
             said = str(error).splitlines()[0]
             where = f"PostgreSQL at {self.address}"
@@ -183,14 +143,13 @@ class Database:
     ) -> T:
         """What `question` gives on a pooled connection, in `within_s` seconds at most.
 
-        Raises PostgresUnavailable when it's late, and what the module's table says.
+        Raises PostgresUnavailable when it's late, and what `failures` lists.
         """
         return await self.within(within_s, self._ask(question, reserved=reserved))
 
     async def _ask(self, question: Callable[[Connection], Awaitable[T]], *, reserved: bool) -> T:
-        with self.translated(last=True):
-            async with self.acquire(reserved=reserved) as connection:
-                return await question(connection)
+        async with self.acquire(reserved=reserved) as connection:
+            return await question(connection)
 
     async def within(self, seconds: float, work: Coroutine[Any, Any, T]) -> T:
         """What `work` with this database gives; raises PostgresUnavailable when it's late.
@@ -243,17 +202,14 @@ class Database:
 
     @contextmanager
     def translated(self, *, last: bool = False) -> Iterator[None]:
-        """Turn the driver's errors into ours, as the module's table says.
+        """Turn the driver's errors into ours, as `failures` lists them.
 
-        Those about locks and changed tables only as the `last` who could deal with them.
+        Some of them only as the `last` who could deal with them.
         """
         try:
             yield
-        except _DRIVER_ERRORS as error:
-            ours = translate(error, self.address)
-            if ours is None and last and isinstance(error, _PASSING):
-                said = str(error).splitlines()[0]
-                ours = Transient(f"PostgreSQL at {self.address} ended a statement: {said}")
+        except DRIVER_ERRORS as error:
+            ours = translate(error, self.address, last=last)
             if ours is None:
                 raise
             raise ours from error
@@ -278,37 +234,6 @@ async def _prepare(connection: Connection) -> None:
     )
 
 
-def translate(error: BaseException, address: str) -> BalanceSyncError | None:
-    """What a driver's error means to an operator; None if it's none of the expected ones."""
-    where = f"PostgreSQL at {address}"
-    said = str(error).splitlines()[0] if str(error) else type(error).__name__
-    match error:
-        case asyncpg.InvalidAuthorizationSpecificationError() | asyncpg.InvalidPasswordError():
-            return ConfigError(f"{where} rejects the user or password: {said}; see postgres.dsn")
-        case asyncpg.InvalidCatalogNameError():
-            return ConfigError(f"{where} has no such database: {said}; see postgres.dsn")
-        case asyncpg.InsufficientPrivilegeError():
-            return RightMissing(f"{where} denies a right: {said}; grant it, see docs/security.md")
-        case asyncpg.DiskFullError() | asyncpg.OutOfMemoryError():
-            return Transient(f"{where} is short of space: {said}; free some, the run is repeated")
-        case asyncpg.TooManyConnectionsError():
-            return PostgresUnavailable(f"{where} has no free connection: {said}")
-        case asyncpg.ReadOnlySQLTransactionError():
-            return PostgresUnavailable(f"{where} is read-only or a standby: {said}")
-        case asyncpg.QueryCanceledError():
-            return PostgresUnavailable(f"{where} cancelled a statement: {said}")
-        case (
-            asyncpg.PostgresConnectionError()
-            | asyncpg.OperatorInterventionError()
-            | asyncpg.InterfaceError()
-            | asyncpg.InternalClientError()
-        ):
-            return PostgresUnavailable(f"{where} isn't there: {said}")
-        case TimeoutError():
-            return PostgresUnavailable(f"{where} didn't answer in time")
-        case OSError():
-            return PostgresUnavailable(f"{where} can't be reached: {why_unreachable(error)}")
-    return None
 
 
 class Steps:
@@ -324,11 +249,19 @@ class Steps:
         return len(self._steps)
 
     async def current(self, connection: Connection) -> int:
-        """How many steps the database has seen; 0 without a schema."""
+        """How many steps the database has seen; 0 without a schema. Raises SchemaMissing."""
         name = f"{self._database.schema}.steps"
         if await connection.fetchval("SELECT to_regclass($1)", name) is None:
             return 0
-        return int(await connection.fetchval(f"SELECT max(step) FROM {name}"))  # noqa: S608  # quoted
+        current = await connection.fetchval(f"SELECT max(step) FROM {name}")  # noqa: S608  # quoted
+        if current is None:
+            raise SchemaMissing(
+                f"PostgreSQL at {self._database.address} has an empty table {name}, as a dump"
+                " without data leaves it, so nobody knows how old the schema is: restore that"
+                f" table's rows, or drop the schema {self._database.schema} with all it remembers,"
+                " and run `balancesync init`"
+            )
+        return int(current)
 
     async def check(self, connection: Connection) -> None:
         """Raise SchemaMissing or SchemaTooNew unless this program can work with the schema."""

@@ -11,6 +11,7 @@
     ├── Transient                    1   a later attempt may succeed
     │   ├── SourceChanged            1
     │   ├── Gap                      1
+    │   ├── Locked                   1
     │   └── Unavailable             75
     │       ├── RedisUnavailable    75
     │       ├── PostgresUnavailable 75
@@ -100,6 +101,10 @@ class SourceChanged(Transient):
 
 class Gap(Transient):
     """A change in Redis may have been missed by live mode; a full run makes up for it."""
+
+
+class Locked(Transient):
+    """Another session locks a table or rows for longer than `postgres.lock_timeout`."""
 
 
 class Unavailable(Transient):

@@ -15,7 +15,7 @@ from balancesync import overview, urls
 from balancesync.config import Config
 from balancesync.database import Database
 from balancesync.documents import Document, run_document
-from balancesync.errors import BalanceSyncError
+from balancesync.errors import BalanceSyncError, Locked, PostgresUnavailable, Unavailable
 from balancesync.model import Counts
 from balancesync.runner import Runner, Ticket, progress_document
 from balancesync.schedule import Schedule
@@ -155,12 +155,15 @@ class Facts:
         checks = overview.server_checks(state.redis, state.postgres)
         why = self._records.error if state.postgres.connected else overview.UNASKED
         if recorded is None:
-            checks |= overview.unknown_checks(why or "not asked yet")
+            checks |= overview.unknown_checks(str(why or "not asked yet"))
         else:
             checks |= self._recorded_checks(recorded)
             if why is not None:
-                checks["schema"] = overview.check("failed", why)
+                checks["schema"] = overview.check("failed", str(why))
                 checks["lock"] = overview.check("ok", "not known")
+        if isinstance(why, Unavailable | Locked):
+            # PostgreSQL answers, but somebody locks our tables, or keeps it busy.
+            checks["schema"] = overview.check("degraded", str(why))
         checks["postponed"] = self._postponed_check()
         if self._config.live.enabled:
             is_well = state.live == "up" or self.is_standby
@@ -261,7 +264,7 @@ class Cache:
         self._happened = 1
         self._seen = 0
         self._is_late = False
-        self.error: str | None = None
+        self.error: BalanceSyncError | None = None
 
     def expire(self) -> None:
         """Something has happened: what was read is no longer the last word."""
@@ -290,7 +293,7 @@ class Cache:
             if not done:
                 # Who asks next gets the old answer at once, until this one has come.
                 self._is_late = True
-                self.error = f"PostgreSQL didn't answer in {_WAIT_S:g} s"
+                self.error = PostgresUnavailable(f"PostgreSQL didn't answer in {_WAIT_S:g} s")
             elif not reading.cancelled():
                 reading.result()
         return self._found
@@ -301,7 +304,7 @@ class Cache:
         try:
             found = await overview.read(self._database)
         except BalanceSyncError as error:
-            self.error = str(error)
+            self.error = error
         else:
             self._found, self._found_at, self.error = found, loop.time(), None
         finally:

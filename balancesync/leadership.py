@@ -44,7 +44,7 @@ class Leadership:
         away = False
         while True:
             try:
-                with self._database.translated():
+                with self._database.translated(last=True):
                     self._connection = await self._connect()
                     away = False
                     await self._lead(self._connection)
@@ -68,7 +68,7 @@ class Leadership:
         if connection is None or connection.is_closed():
             return
         try:
-            with self._database.translated():
+            with self._database.translated(last=True):
                 async with asyncio.timeout(_PROVE_S):
                     await connection.execute("SELECT pg_advisory_unlock_all()")
         except BalanceSyncError as error:

@@ -80,7 +80,6 @@ class Web:
         )
         self._stream = Stream(events, self._api.stopping)
         self._listener = Listener(config.http.host, config.http.port, self._handle)
-        self._following: asyncio.Task[None] | None = None
         self._paths = self._static_routes()
         self._trees = self._routes_of_trees()
 
@@ -97,14 +96,15 @@ class Web:
     async def start(self) -> None:
         """Bind and serve; raises ConfigError if the port can't be had."""
         await self._listener.start()
-        self._following = asyncio.create_task(self._facts.follow())
+
+    async def follow(self) -> None:
+        """Keep count of the runs that end, until cancelled."""
+        await self._facts.follow()
 
     async def stop(self) -> None:
         """End every stream and request, within two seconds."""
         self._api.stopping.set()
         await self._listener.stop()
-        if self._following is not None:
-            self._following.cancel()
         await self._facts.close()
         await self._balances.close()
 

@@ -78,8 +78,9 @@ class Site:
         self.schedule.start()
         await self.web.start()
         self.client = aiohttp.ClientSession(self.web.address)
-        self._tasks = [asyncio.create_task(each) for each in (self.runner.serve(), self._hear())]
-        # Both have subscribed, or begun to serve, when they have run once.
+        serving = (self.runner.serve(), self.web.follow(), self._hear())
+        self._tasks = [asyncio.create_task(each) for each in serving]
+        # They have subscribed, or begun to serve, when they have run once.
         await asyncio.sleep(0)
         await asyncio.sleep(0)
         return self

@@ -17,8 +17,9 @@ from proxy import Proxy
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 from running import Inside, Processes, daemon_config, processes
+from structlog.testing import capture_logs
 
-from balancesync import leadership, probing
+from balancesync import daemon, leadership, probing
 from balancesync.database import load_sql, lock_key
 from balancesync.embedded import PostgresServer, RedisServer
 from balancesync.model import Request
@@ -545,6 +546,72 @@ async def test_a_lock_on_the_target_holds_up_and_fails_nothing_else(
         assert "stay locked by another session" in run["error"]
         assert run["updated"] == KEYS - 5
         assert (await inside.api.sync())["updated"] == 5
+
+
+async def test_what_nobody_foresaw_is_a_failed_run_and_no_end(
+    quick: None, redis: Redis, redis_url: str, postgres_dsn: str, pg: asyncpg.Connection
+) -> None:
+    await fill(redis)
+    async with Inside(daemon_config(postgres_dsn, redis_url)) as inside:
+        await inside.leads()
+        await inside.api.sync()
+        await pg.execute(
+            "CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS"
+            " $$ BEGIN RAISE division_by_zero; END $$;"
+            "CREATE TRIGGER fail BEFORE INSERT OR UPDATE ON balancesync.runs"
+            " FOR EACH ROW EXECUTE FUNCTION fail()"
+        )
+        run = await inside.api.sync()
+        assert run["status"] == "failed"
+        assert "refused a statement: division_by_zero (SQLSTATE 22012)" in run["error"]
+        # Nor does it end what records it later.
+        await pg.execute("DROP FUNCTION fail CASCADE")
+        await until(pg, f"SELECT EXISTS (SELECT FROM balancesync.runs WHERE id = '{run['id']}')")
+
+
+async def test_a_bug_ends_it_with_its_traceback_in_the_log(
+    redis_url: str, postgres_dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def stumble(*_: object, **__: object) -> None:
+        raise TypeError("a bug")
+
+    monkeypatch.setattr("balancesync.sync.Sync.run", stumble)
+    config = daemon_config(postgres_dsn, redis_url, schedule={"on_start": True})
+    with capture_logs() as lines, pytest.raises(TypeError, match="a bug"):
+        await daemon.run(config)
+    [line] = [each for each in lines if each["log_level"] == "critical"]
+    assert isinstance(line["exc_info"], TypeError)
+
+
+async def test_a_table_of_its_own_that_is_gone_or_locked_ends_nothing(
+    quick: None, redis: Redis, redis_url: str, postgres_dsn: str, pg: asyncpg.Connection
+) -> None:
+    await fill(redis)
+    name = urlsplit(postgres_dsn).path[1:]
+    await pg.execute(f"ALTER DATABASE {name} SET lock_timeout = '50ms'")
+
+    async def checked(fits: Callable[[str], bool]) -> tuple[int, str]:
+        await inside.api.until(
+            "/health", lambda found: fits(found["checks"].get("schema", {}).get("detail", ""))
+        )
+        code, found = await inside.api.ask("/health")
+        return code, found["checks"]["schema"]["status"]
+
+    async with Inside(daemon_config(postgres_dsn, redis_url)) as inside:
+        await inside.leads()
+        await inside.api.sync()
+        async with pg.transaction():
+            await pg.execute("LOCK TABLE balancesync.baselines IN ACCESS EXCLUSIVE MODE")
+            found = await checked(lambda said: "stay locked by another session" in said)
+            assert found == (200, "degraded")
+        await pg.execute("ALTER TABLE balancesync.baselines RENAME TO elsewhere")
+        assert await checked(lambda said: "does not exist" in said) == (503, "failed")
+        assert (await inside.api.sync())["status"] == "failed"
+        await pg.execute("ALTER TABLE balancesync.elsewhere RENAME TO baselines")
+        assert (await inside.api.sync())["status"] == "succeeded"
+        # All of them are counted, the one in between, too.
+        totals = (await inside.api.document("/stats"))["since_start"]["totals"]
+        assert {each["status"]: each["runs"] for each in totals} == {"succeeded": 2, "failed": 1}
 
 
 async def test_a_killed_backend_is_made_up_for(

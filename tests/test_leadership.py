@@ -17,7 +17,7 @@ from structlog.testing import capture_logs
 
 from balancesync import leadership, runner
 from balancesync.config import PostgresConfig
-from balancesync.database import Database, lock_key
+from balancesync.database import Database, Steps, lock_key
 from balancesync.leadership import Leadership
 from balancesync.model import Request
 
@@ -237,6 +237,29 @@ async def test_what_fires_when_the_leader_is_just_gone_is_made_up_for(
         await inside.finished(trigger="cron:daily", status="succeeded")
         # What was due long before has been the other one's.
         assert [run["job"] for run in inside.log.all("run_queued")] == ["sync"]
+
+
+async def test_a_lock_on_the_schema_is_waited_for(
+    postgres_dsn: str, pg: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("_POLL_S", "_LONGEST_PAUSE_S"):
+        monkeypatch.setattr(leadership, name, 0.02)
+    database = Database(PostgresConfig(dsn=SecretStr(postgres_dsn)))
+    await Steps(database).upgrade(pg)
+    name = await pg.fetchval("SELECT current_database()")
+    await pg.execute(f"ALTER DATABASE {name} SET lock_timeout = '20ms'")
+    heard: asyncio.Queue[bool] = asyncio.Queue()
+    leader = Leadership(database, "here:1", lambda leads, _: heard.put_nowait(leads))
+    async with asyncio.timeout(20):
+        async with pg.transaction():
+            await pg.execute("LOCK TABLE balancesync.steps IN ACCESS EXCLUSIVE MODE")
+            serving = asyncio.create_task(leader.serve())
+            # One attempt after the other.
+            assert [await heard.get(), await heard.get()] == [False, False]
+        while not await heard.get():
+            pass
+        serving.cancel()
+        await asyncio.gather(serving, return_exceptions=True)
 
 
 async def test_a_standby_owes_nothing(

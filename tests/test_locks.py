@@ -420,3 +420,15 @@ async def test_a_dry_run_without_a_schema_makes_nothing(
     assert run.counts.inserted == 10
     assert await pg.fetchval(OURS) == 0
     assert made.reports[0].totals == {"balance": "1000.00"}
+
+
+async def test_an_empty_table_of_steps_is_a_clear_line(
+    engine: Make, redis: Redis, pg: asyncpg.Connection
+) -> None:
+    await fill(redis, 1)
+    sync = engine()
+    await sync.good()
+    await pg.execute("TRUNCATE balancesync.steps")
+    line = await sync.failed(SchemaMissing)
+    assert 'has an empty table "balancesync".steps, as a dump without data leaves it' in line
+    assert "restore that table's rows, or drop the schema" in line

@@ -348,6 +348,19 @@ async def test_nobody_waits_for_a_postgres_that_hangs(
             server.resume()
 
 
+@pytest.mark.usefixtures("keys")
+async def test_health_while_somebody_locks_what_it_reads(
+    site: Site, pg: asyncpg.Connection
+) -> None:
+    await site.sync()
+    async with pg.transaction():
+        await pg.execute("LOCK TABLE balancesync.runs IN ACCESS EXCLUSIVE MODE")
+        await site.ask("/clear-cache", "DELETE")
+        code, verdict, check, detail = await health_of(site, "schema")
+    assert (code, verdict, check) == (200, "degraded", "degraded")
+    assert detail == "PostgreSQL didn't answer in 1 s"
+
+
 # --- runs -----------------------------------------------------------------------------------------
 
 

@@ -24,6 +24,7 @@ from balancesync import apply
 from balancesync.database import lock_key
 from balancesync.embedded import PostgresServer, RedisServer
 from balancesync.errors import (
+    BalanceSyncError,
     ConfigError,
     PostgresUnavailable,
     RedisUnavailable,
@@ -521,6 +522,36 @@ async def test_a_slice_that_deadlocks_with_the_application_is_done_again(
         )
     assert (run.status, run.attempts, run.counts.updated) == ("succeeded", 1, COUNT)
     assert log == 1
+    await sound(engine, frail_dsn)
+
+
+RAISE = """
+    CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS $$
+    BEGIN RAISE EXCEPTION 'no room in file 7' USING ERRCODE = '{}'; END $$;
+    CREATE TRIGGER fail BEFORE UPDATE ON balancesync.runs FOR EACH ROW EXECUTE FUNCTION fail()
+"""
+
+
+@pytest.mark.parametrize(
+    ("state", "kind", "said"),
+    [
+        ("53400", Transient, "is at a limit: no room in file 7; raise it there"),
+        ("55000", Transient, "can't do that for now: no room in file 7; its log may say why"),
+        ("58030", Transient, "is in trouble: no room in file 7; see its log"),
+        ("XX001", Transient, "is in trouble: no room in file 7; see its log"),
+        ("25P04", PostgresUnavailable, "cancelled a statement: no room in file 7"),
+        ("22012", BalanceSyncError, "refused a statement: no room in file 7 (SQLSTATE 22012)"),
+    ],
+)
+async def test_whatever_postgres_raises_is_a_failed_run(
+    make: Make, frail_dsn: str, state: str, kind: type[BalanceSyncError], said: str
+) -> None:
+    engine = make()
+    async with connected(frail_dsn) as pg:
+        await pg.execute(RAISE.format(state))
+        line = await engine.failed(kind)
+        assert line.endswith(said)
+        await pg.execute("DROP FUNCTION fail CASCADE")
     await sound(engine, frail_dsn)
 
 
