@@ -1,6 +1,5 @@
 """Writing a diff to its table in slices, each a short transaction of its own, in key order."""
 
-import asyncio
 import random
 from collections import deque
 from collections.abc import Callable
@@ -9,7 +8,7 @@ from typing import Final
 
 import asyncpg
 
-from balancesync.errors import RunFailed, Transient
+from balancesync.errors import RunFailed
 from balancesync.history import History
 from balancesync.model import Reject, Stamp
 from balancesync.target import Diff, Op, Span, Writer
@@ -88,7 +87,7 @@ class Applier:
     async def run(self, diff: Diff) -> None:
         """Apply inserts, updates and deletes; `between` is called before each slice, and may raise.
 
-        Raises Transient when rows stay locked by others, RunFailed when the table refuses too many.
+        Raises Locked when rows stay locked by others, RunFailed when the table refuses too many.
         """
         config = self._writer.mapping.config
         if config.mode == "upsert":
@@ -101,7 +100,8 @@ class Applier:
         while self._queue:
             piece = self._queue.popleft()
             if piece.attempts:
-                await asyncio.sleep(random.uniform(0, _LOCK_PAUSE_S * 2**piece.attempts))  # noqa: S311  # jitter
+                pause = random.uniform(0, _LOCK_PAUSE_S * 2**piece.attempts)  # noqa: S311  # jitter
+                await self._writer.pause(pause)
             self._between(self.done.rows)
             await self._apply(piece)
         self.done.not_found = diff.updated.rows - self.done.updated - self._refused_updates
@@ -137,10 +137,7 @@ class Applier:
     def _put_off(self, piece: _Slice, error: asyncpg.PostgresError) -> None:
         piece.attempts += 1
         if piece.attempts == _LOCK_ATTEMPTS:
-            raise Transient(
-                f"rows of {self._writer.mapping.config.table} stay locked by another session:"
-                f" {error}; see postgres.lock_timeout"
-            ) from error
+            raise self._writer.locked(error) from error
         self._queue.append(piece)
 
     def _count(self, op: Op, rows: int) -> None:

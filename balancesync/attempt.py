@@ -1,5 +1,6 @@
 """One attempt at a run: what all kinds of them share. `sync` makes them, one after the other."""
 
+import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -7,7 +8,7 @@ from dataclasses import dataclass, field
 from balancesync.apply import Applied
 from balancesync.config import Config, MappingConfig
 from balancesync.database import Database, Steps
-from balancesync.errors import ConfigError, LockHeld
+from balancesync.errors import ConfigError, LockHeld, RunFailed
 from balancesync.model import Request, Run
 from balancesync.nodes import Identity
 from balancesync.part import Progress
@@ -22,8 +23,9 @@ class Work:
     """What the attempts of one run have in common.
 
     `committed` is what they applied, by mapping. `on_progress` is called at least once a batch;
-    what it raises ends the attempt there. `on_alive` is called during a long statement, whenever
-    PostgreSQL proves to be at work on it. `settle` waits for live mode to have brought over what
+    what it raises ends the attempt there. `ending` is that, once it's known, for whoever waits.
+    `on_alive` is called during a long statement, whenever PostgreSQL proves to be at work on it.
+    `settle` waits for live mode to have brought over what
     changed before.
     """
 
@@ -34,6 +36,7 @@ class Work:
     request: Request
     on_progress: Callable[[Progress], None]
     on_alive: Callable[[], None]
+    ending: asyncio.Future[RunFailed]
     settle: Callable[[], Awaitable[None]]
     committed: dict[str, Applied] = field(default_factory=dict)
 
@@ -56,6 +59,7 @@ class Attempt(ABC):
         self._committed = work.committed
         self._on_progress = work.on_progress
         self._on_alive = work.on_alive
+        self._ending = work.ending
         self._settle = work.settle
         self._records = Records(work.database)
         self._writes = work.request.mode == "apply"
@@ -65,13 +69,13 @@ class Attempt(ABC):
 
         Raises BalanceSyncError: Transient ones may be tried again.
         """
-        session = await Session.open(self._database, self._on_alive)
-        try:
-            with self._database.translated(last=True):
+        with self._database.translated(last=True):
+            session = await Session.open(self._database, self._on_alive, self._ending)
+            try:
                 await self._begin(session, wait_s)
                 await self._proceed(session, close)
-        finally:
-            await session.close()
+            finally:
+                await session.close()
 
     @abstractmethod
     async def _proceed(self, session: Session, close: Callable[[], None]) -> None:

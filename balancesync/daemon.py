@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Final
 
@@ -28,6 +29,8 @@ from balancesync.state import Events, State
 from balancesync.web import Web
 
 _STATUS_S: Final = 1.0
+# Live mode waits some seconds for a flush, and may wait long for a server that hangs.
+_FINISH_S: Final = 15.0
 _SECOND_SIGNAL: Final = 1
 # A standby may not know yet that its leader is gone: how long before it leads, with some to spare.
 _TAKEOVER_S: Final = 15.0
@@ -131,7 +134,9 @@ class Daemon:
             self.state.draining = True
             self.runner.drain()
             await running
-            await self._live.finish()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_FINISH_S):
+                    await self._live.finish()
             await self._probing.record_late()
             self.events.close()
             for helper in helpers:

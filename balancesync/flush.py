@@ -11,6 +11,7 @@ FLUSHALL took is told by then, and never looks like keys that were deleted one b
 from collections.abc import Mapping as Dictionary
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from typing import Final
 
 import structlog
@@ -35,6 +36,7 @@ from balancesync.values import Unfit
 
 _UNKNOWN: Final = Remembered()
 _WARNINGS: Final = 10
+_SAVE_S: Final = 5.0
 
 log = structlog.get_logger("balancesync")
 
@@ -118,8 +120,7 @@ class Flusher:
     async def save(self, run: Run) -> None:
         """Record the run as it is now; once it has ended, nothing holds it open any more."""
         if self._session is None:
-            async with self._database.acquire() as connection:
-                await self._records.save(connection, run)
+            await self._database.ask(partial(self._records.save, run=run), _SAVE_S)
             return
         with self._database.translated(last=True):
             await self._records.save(self._session.connection, run)

@@ -27,9 +27,8 @@ class KeyedWriter(Writer):
         if lines:
             await self._copy(lines, self._keys, table=f"{self._staging}_gone")
 
-    async def diff(self) -> Diff:
-        """Compare what is staged with its rows; `absent` and `target_rows` aren't counted."""
-        await self.flush()
+    async def _differ(self) -> Diff:
+        # `absent` and `target_rows` aren't counted.
         found = Diff(stored=self._staged, rejected=self._rejected)
         await self._execute(self._sql_by_index["diff_join"])
         await self._summarize(found)

@@ -12,7 +12,7 @@ from typing import Any, Final, TypeVar
 import asyncpg
 
 from balancesync.database import NO_LIMIT, Connection, Database, load_sql, lock_key
-from balancesync.errors import PostgresUnavailable
+from balancesync.errors import PostgresUnavailable, RunFailed
 from balancesync.locks import take_lock, yield_lock
 
 T = TypeVar("T")
@@ -27,33 +27,51 @@ _SETTINGS: Final = {
     "statement_timeout": "0",
     "idle_in_transaction_session_timeout": "0",
 }
+_SETTINGS_17: Final = {"transaction_timeout": "0"}
 _CLOSE_S: Final = 2.0
 # A statement may end, and its reply be under way, just when a probe looks.
 _REPLY_S: Final = 1.0
+# How long a statement that is to be whole may be silent once its run is told to end.
+_ENDING_S: Final = 5.0
 
 
 class Session:
     """A PostgreSQL connection of one's own, for one run or for live mode's flushes."""
 
     def __init__(
-        self, database: Database, connection: Connection, on_alive: Callable[[], None]
+        self,
+        database: Database,
+        connection: Connection,
+        on_alive: Callable[[], None],
+        ending: asyncio.Future[RunFailed],
     ) -> None:
         self.database = database
         self.connection = connection
         self._on_alive = on_alive
+        self._ending = ending
 
     @classmethod
     async def open(
-        cls, database: Database, on_alive: Callable[[], None] = lambda: None
+        cls,
+        database: Database,
+        on_alive: Callable[[], None] = lambda: None,
+        ending: asyncio.Future[RunFailed] | None = None,
     ) -> "Session":
         """Connect; raises PostgresUnavailable or ConfigError.
 
         `on_alive` is called during a long statement, whenever PostgreSQL proves to be at work.
+        `ending` is what the run is told to end by, once it is: `watch` raises it.
         """
-        session = cls(database, await database.connect(), on_alive)
+        if ending is None:
+            ending = asyncio.get_running_loop().create_future()
+        session = cls(database, await cls._connect(database, ending), on_alive, ending)
+        # Nobody but the operator can end the wait for a lock, and that not for a session of ours.
+        settings = _SETTINGS | {"lock_timeout": f"{round(database.config.lock_timeout * 1000)}ms"}
+        if session.connection.get_server_version() >= (17,):
+            settings |= _SETTINGS_17
         try:
             with database.translated():
-                for name, value in _SETTINGS.items():
+                for name, value in settings.items():
                     await session.connection.execute(
                         "SELECT set_config($1, $2, false)", name, value
                     )
@@ -64,6 +82,19 @@ class Session:
             session.drop()
             raise
         return session
+
+    @staticmethod
+    async def _connect(database: Database, ending: asyncio.Future[RunFailed]) -> Connection:
+        connecting = asyncio.ensure_future(database.connect())
+        try:
+            either: set[asyncio.Future[Any]] = {connecting, ending}
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            connecting.cancel()
+            connecting.add_done_callback(_see)
+        if not connecting.done():
+            raise ending.result()
+        return connecting.result()
 
     async def prepare(self) -> None:
         """Create the temporary table that all mappings' rejects are put aside in."""
@@ -125,12 +156,10 @@ class Session:
         """
         for setting in ("enable_seqscan", "enable_hashjoin", "enable_mergejoin"):
             await self.connection.execute(f"SET {setting} = off")
-        milliseconds = round(self.database.config.lock_timeout * 1000)
-        await self.connection.execute(f"SET lock_timeout = {milliseconds}")
 
     async def use_any_plan(self) -> None:
         """End what `plan_by_index` began, or `Writer.plan_by_index`."""
-        for setting in ("enable_seqscan", "enable_hashjoin", "enable_mergejoin", "lock_timeout"):
+        for setting in ("enable_seqscan", "enable_hashjoin", "enable_mergejoin"):
             await self.connection.execute(f"RESET {setting}")
 
     @asynccontextmanager
@@ -143,31 +172,62 @@ class Session:
         begin = f"BEGIN ISOLATION LEVEL {isolation}"
         await self.watch(self.connection.execute(begin, timeout=NO_LIMIT))
         yield
-        await self.watch(self.connection.execute("COMMIT", timeout=NO_LIMIT))
+        await self.watch(self.connection.execute("COMMIT", timeout=NO_LIMIT), whole=True)
 
-    async def watch(self, operation: Awaitable[T]) -> T:
+    async def pause(self, seconds: float) -> None:
+        """Wait, though no longer than the run goes on."""
+        await asyncio.wait({self._ending}, timeout=seconds)
+
+    async def watch(self, operation: Awaitable[T], *, whole: bool = False) -> T:
         """Await a statement of this session, however long it takes, while PostgreSQL lives.
 
         Raises PostgresUnavailable when no probe on another connection is answered within
         `postgres.timeout`, or the probe finds that this session's backend isn't at work: a stopped
         server still acknowledges what it is sent, and a reply may have been lost on the way.
+
+        Raises what ends the run as soon as it's told, with the statement called off. One that is to
+        be `whole` goes on to its end, if PostgreSQL proves to be at work on it every few seconds.
         """
         task = asyncio.ensure_future(operation)
+        proving = asyncio.ensure_future(self._prove(task, self.database.config.timeout))
         try:
             with self.database.translated():
-                while True:
-                    done, _ = await asyncio.wait({task}, timeout=self.database.config.timeout)
-                    if done:
-                        return task.result()
-                    await self._prove_alive(task)
-                    self._on_alive()
+                either: set[asyncio.Future[Any]] = {task, proving, self._ending}
+                await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+                if task.done():
+                    return task.result()
+                if not self._ending.done():
+                    await proving
+                elif whole:
+                    await self._prove(task, min(self.database.config.timeout, _ENDING_S))
+                else:
+                    await self._call_off(task)
+                    raise self._ending.result()
+                return task.result()
         finally:
+            proving.cancel()
+            proving.add_done_callback(_see)
             if not task.done():
                 # The driver would wait for PostgreSQL to confirm: drop the connection first.
                 self.drop()
                 task.cancel()
+                task.add_done_callback(_see)
 
-    async def _prove_alive(self, task: asyncio.Future[Any]) -> None:
+    @staticmethod
+    async def _call_off(task: asyncio.Future[Any]) -> None:
+        """Have PostgreSQL cancel the statement: a lost connection it would notice later, and hold
+        our locks until then.
+        """
+        task.cancel()
+        await asyncio.wait({task}, timeout=_REPLY_S)
+
+    async def _prove(self, task: asyncio.Future[Any], patience_s: float) -> None:
+        """Wait for a statement's end; raises PostgresUnavailable once nobody is at work on it."""
+        while not (await asyncio.wait({task}, timeout=patience_s))[0]:
+            await self._prove_alive(task, patience_s)
+            self._on_alive()
+
+    async def _prove_alive(self, task: asyncio.Future[Any], within_s: float) -> None:
         pid = self.connection.get_server_pid()
 
         async def question(probe: Connection) -> str | None:
@@ -176,7 +236,7 @@ class Session:
             )
             return found
 
-        state = await self.database.ask(question, self.database.config.timeout, reserved=True)
+        state = await self.database.ask(question, within_s, reserved=True)
         if state == "active":
             return
         await asyncio.wait({task}, timeout=_REPLY_S)
@@ -185,3 +245,9 @@ class Session:
                 f"PostgreSQL at {self.database.address} isn't working on the statement that this"
                 f" run waits for (its session is {state or 'gone'})"
             )
+
+
+def _see(task: asyncio.Future[Any]) -> None:
+    """Nobody waits for it any more: what it raises is none of the loop's business."""
+    if not task.cancelled():
+        task.exception()

@@ -3,8 +3,8 @@
 import asyncio
 import random
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from datetime import UTC, datetime
+from functools import partial
 from typing import Final
 
 import structlog
@@ -34,6 +34,7 @@ from balancesync.source import Source
 # A backend finds its client gone within this: see `tcp_user_timeout` and the like in `database`.
 _LINGER_S: Final = 15.0
 _SHOW_S: Final = 2.0
+_RECORD_S: Final = 5.0
 _FLUSH_S: Final = 0.5
 
 # What makes one attempt at a job; of all others, the pipeline does.
@@ -70,8 +71,7 @@ class Sync:
         self._on_alive = on_alive
         self._settle = settle or self._wait_for_flush
         self.is_recorded = False
-        self._ending: RunFailed | None = None
-        self._ended = asyncio.Event()
+        self._ending: asyncio.Future[RunFailed] = asyncio.get_running_loop().create_future()
         self._attempt: Attempt | None = None
         self._begun = False
         self._between: Connection | None = None
@@ -82,16 +82,16 @@ class Sync:
         return self._attempt is not None and self._attempt.has_read
 
     def stop(self, reason: str) -> None:
-        """End the run at its next batch, as cancelled; what is committed stays."""
+        """End the run, after the batch under way, as cancelled; what is committed stays."""
         self._end(Cancelled(reason))
 
     def interrupt(self) -> None:
-        """End the run at its next batch, as interrupted, since the process is to end."""
+        """End the run, after the batch under way, as interrupted: the process is to end."""
         self._end(Interrupted())
 
     def _end(self, ending: RunFailed) -> None:
-        self._ending = self._ending or ending
-        self._ended.set()
+        if not self._ending.done():
+            self._ending.set_result(ending)
 
     async def run(
         self,
@@ -150,6 +150,7 @@ class Sync:
             request,
             on_progress=self._progress,
             on_alive=self._on_alive,
+            ending=self._ending,
             settle=self._settle,
         )
         while True:
@@ -161,8 +162,14 @@ class Sync:
             attempt = self._attempt = _ATTEMPTS.get(request.job, Pipeline)(work)
             try:
                 await attempt.execute(patience_s, close)
-            except Transient as error:
-                gives_way = postpone and isinstance(error, Unavailable)
+            except (Transient, LockHeld) as error:
+                # It may be the ending's own doing, and nobody wants another attempt.
+                if self._ending.done():
+                    raise self._ending.result() from error
+                # Who gives way to another writer has waited for it already.
+                gives_way = isinstance(error, LockHeld) or (
+                    postpone and isinstance(error, Unavailable)
+                )
                 if gives_way or run.attempts >= self._config.retry.attempts:
                     raise
                 self._begun |= attempt.recorded
@@ -174,7 +181,7 @@ class Sync:
             finally:
                 self._begun |= attempt.recorded
 
-    async def _pause(self, run: Run, error: Transient) -> None:
+    async def _pause(self, run: Run, error: BalanceSyncError) -> None:
         """Wait before the next attempt, as `[retry]` says; raises what ends the run meanwhile."""
         retry = self._config.retry
         await self._stay_shown(run)
@@ -187,18 +194,16 @@ class Sync:
             pause_s=round(pause, 3),
             error=str(error),
         )
-        with suppress(TimeoutError):
-            async with asyncio.timeout(pause):
-                await self._ended.wait()
-        if self._ending is not None:
-            raise self._ending from error
+        await asyncio.wait({self._ending}, timeout=pause)
+        if self._ending.done():
+            raise self._ending.result() from error
 
     async def _stay_shown(self, run: Run) -> None:
         """Show the run as running between its attempts, too, whose sessions are theirs alone."""
         if not self._begun or (self._between is not None and not self._between.is_closed()):
             return
         try:
-            with self._database.translated():
+            with self._database.translated(last=True):
                 async with asyncio.timeout(_SHOW_S):
                     self._between = await self._database.connect()
                     await Records(self._database).show(self._between, run)
@@ -210,8 +215,8 @@ class Sync:
         await asyncio.sleep(_FLUSH_S + 2 * self._config.live.flush_interval)
 
     def _progress(self, progress: Progress) -> None:
-        if self._ending is not None:
-            raise self._ending
+        if self._ending.done():
+            raise self._ending.result()
         self._on_progress(progress)
 
     async def _record(self, run: Run) -> None:
@@ -219,8 +224,8 @@ class Sync:
         if not self._begun:
             return
         try:
-            async with self._database.acquire() as connection:
-                await Records(self._database).save(connection, run)
+            save = partial(Records(self._database).save, run=run)
+            await self._database.ask(save, _RECORD_S)
             self.is_recorded = True
         except BalanceSyncError as error:
             log.error("the run could not be recorded", run=str(run.id), error=str(error))

@@ -7,7 +7,7 @@ from typing import BinaryIO, Final, Literal, cast
 import asyncpg
 
 from balancesync.database import NO_LIMIT
-from balancesync.errors import Transient
+from balancesync.errors import Locked, Transient
 from balancesync.history import History
 from balancesync.mapping import Mapping
 from balancesync.model import Batch, Reject, Stamp
@@ -104,15 +104,17 @@ class Writer:
         self._indexed = False
         self._dead = 0
 
-    async def _execute(self, sql: str, *arguments: object) -> int:
+    async def _execute(self, sql: str, *arguments: object, whole: bool = False) -> int:
         status: str = await self._session.watch(
-            self._session.connection.execute(sql, *arguments, timeout=NO_LIMIT)
+            self._session.connection.execute(sql, *arguments, timeout=NO_LIMIT), whole=whole
         )
         return int(status.rpartition(" ")[2] or 0) if status[-1:].isdigit() else 0
 
-    async def _fetch(self, sql: str, *arguments: object) -> list[asyncpg.Record]:
+    async def _fetch(
+        self, sql: str, *arguments: object, whole: bool = False
+    ) -> list[asyncpg.Record]:
         rows: list[asyncpg.Record] = await self._session.watch(
-            self._session.connection.fetch(sql, *arguments, timeout=NO_LIMIT)
+            self._session.connection.fetch(sql, *arguments, timeout=NO_LIMIT), whole=whole
         )
         return rows
 
@@ -178,8 +180,21 @@ class Writer:
         )
 
     async def diff(self) -> Diff:
-        """Compare what is staged with the table, as one snapshot sees it."""
+        """Compare what is staged with the table, as one snapshot sees it; raises Locked."""
         await self.flush()
+        try:
+            return await self._differ()
+        except asyncpg.LockNotAvailableError as error:
+            raise self.locked(error) from error
+
+    def locked(self, error: asyncpg.PostgresError) -> Locked:
+        """What there is to say of an application that holds up the run."""
+        return Locked(
+            f"{self.mapping.config.table} or rows of it stay locked by another session: {error};"
+            " see postgres.lock_timeout"
+        )
+
+    async def _differ(self) -> Diff:
         found = Diff()
         async with self._session.transaction("REPEATABLE READ"):
             await self._analyze()
@@ -288,8 +303,6 @@ class Writer:
             await self._index()
         for setting in ("enable_hashjoin", "enable_mergejoin"):
             await self._execute(f"SET {setting} = off")
-        milliseconds = round(self._session.database.config.lock_timeout * 1000)
-        await self._execute(f"SET lock_timeout = {milliseconds}")
 
     async def _index(self) -> None:
         if not self._indexed:
@@ -302,7 +315,8 @@ class Writer:
         Raises Transient if the table was altered: nothing is written to another one.
         """
         timed = self.mapping.config.synced_at and name != "delete"
-        rows = await self._execute(self._sql[name], after, last, *([stamp.at] if timed else []))
+        times = [stamp.at] if timed else []
+        rows = await self._execute(self._sql[name], after, last, *times, whole=True)
         if not rows:
             await self.refuse_altered()
         return rows
@@ -312,7 +326,7 @@ class Writer:
     ) -> tuple[int, int]:
         """Do the same with history; return the rows asked for and the rows written."""
         arguments = (after, last, stamp.at, stamp.run_id, self.mapping.name, *more)
-        row = (await self._fetch(self._sql[f"{name}_kept"], *arguments))[0]
+        row = (await self._fetch(self._sql[f"{name}_kept"], *arguments, whole=True))[0]
         if not row["asked"]:
             await self.refuse_altered()
         return row["asked"], row["done"]
@@ -326,6 +340,10 @@ class Writer:
                 f'mapping "{config.name}": the table {config.table} was altered or replaced during'
                 " the run; the next attempt looks at it anew"
             )
+
+    async def pause(self, seconds: float) -> None:
+        """Wait between two slices, though no longer than the run goes on."""
+        await self._session.pause(seconds)
 
     async def mark_history(self, history: History, stamp: Stamp) -> None:
         """Say, before the first slice, whether this mapping's history goes on or has a gap."""

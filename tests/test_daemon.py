@@ -22,7 +22,7 @@ from structlog.testing import capture_logs
 from balancesync import daemon, leadership, probing
 from balancesync.database import load_sql, lock_key
 from balancesync.embedded import PostgresServer, RedisServer
-from balancesync.model import Request
+from balancesync.model import Mode, Request
 
 KEYS = 20
 UPDATE = rb'UPDATE "public"\."balances"'
@@ -548,6 +548,64 @@ async def test_a_lock_on_the_target_holds_up_and_fails_nothing_else(
         assert (await inside.api.sync())["updated"] == 5
 
 
+@pytest.mark.parametrize("told", [("cancelled", "dry_run"), ("interrupted", "apply")])
+async def test_a_run_that_waits_for_a_lock_ends_when_told(
+    redis: Redis,
+    redis_url: str,
+    postgres_dsn: str,
+    pg: asyncpg.Connection,
+    told: tuple[str, Mode],
+) -> None:
+    ending, mode = told
+    await fill(redis)
+    config = daemon_config(postgres_dsn, redis_url, postgres={"lock_timeout": 60.0})
+    async with Inside(config) as inside:
+        await inside.leads()
+        await inside.api.sync()
+        async with pg.transaction():
+            await pg.execute("LOCK TABLE balances IN ACCESS EXCLUSIVE MODE")
+            ticket, _ = inside.runner.submit(Request("sync", "http", mode=mode))
+            await until(pg, "SELECT EXISTS (SELECT FROM pg_locks WHERE NOT granted)")
+            async with asyncio.timeout(5):
+                if ending == "cancelled":
+                    await inside.api.ask(f"/runs/{ticket.run.id}", "DELETE")
+                else:
+                    inside.daemon.stop()
+                run = await inside.finished(id=str(ticket.run.id))
+            assert run["status"] == ending
+            # Whoever comes next needn't wait until PostgreSQL has missed a lost connection.
+            assert await pg.fetchval(
+                "SELECT pg_try_advisory_xact_lock($1)", lock_key("writer", "balancesync")
+            )
+            status = "SELECT status FROM balancesync.runs WHERE id = $1"
+            assert await pg.fetchval(status, ticket.run.id) == ending
+
+
+async def test_a_slice_that_waits_for_its_next_try_ends_when_told(
+    redis: Redis,
+    redis_url: str,
+    postgres_dsn: str,
+    pg: asyncpg.Connection,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    await fill(redis)
+    monkeypatch.setattr("balancesync.apply._LOCK_PAUSE_S", 1e6)
+    config = daemon_config(postgres_dsn, redis_url, postgres={"lock_timeout": 0.1})
+    async with Inside(config) as inside:
+        await inside.leads()
+        await inside.api.sync()
+        await fill(redis, "2.50")
+        async with pg.transaction():
+            await pg.execute("SELECT FROM balances WHERE user_id = 7 FOR UPDATE")
+            ticket, _ = inside.runner.submit(Request("sync", "http"))
+            waiting = "SELECT {}EXISTS (SELECT FROM pg_locks WHERE NOT granted)"
+            await until(pg, waiting.format(""))
+            await until(pg, waiting.format("NOT "))
+            inside.runner.cancel()
+            run = await inside.finished(id=str(ticket.run.id), within_s=5)
+        assert run["status"] == "cancelled"
+
+
 async def test_what_nobody_foresaw_is_a_failed_run_and_no_end(
     quick: None, redis: Redis, redis_url: str, postgres_dsn: str, pg: asyncpg.Connection
 ) -> None:
@@ -862,6 +920,34 @@ async def test_sigterm_in_the_middle_of_an_apply(
     code, _, _ = await started.command("sync")
     assert code == 0
     assert await held.fetchval("SELECT min(balance) FROM balances") == 2.5
+
+
+async def test_sigterm_while_postgres_hangs_in_the_middle_of_an_apply(
+    redis: Redis,
+    redis_url: str,
+    frail_postgres: PostgresServer,
+    frail_dsn: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    await fill(redis)
+    for name in ("session._ENDING_S", "sync._RECORD_S", "leadership._PROVE_S"):
+        monkeypatch.setattr(f"balancesync.{name}", 0.2)
+    config = daemon_config(frail_dsn, redis_url, postgres={"lock_timeout": 60.0})
+    async with Inside(config) as inside, connected(frail_dsn) as pg:
+        await inside.leads()
+        await inside.api.sync()
+        await fill(redis, "2.50")
+        transaction = pg.transaction()
+        await transaction.start()
+        await pg.execute("SELECT FROM balances FOR UPDATE")
+        ticket, _ = inside.runner.submit(Request("sync", "http"))
+        await until(pg, "SELECT EXISTS (SELECT FROM pg_locks WHERE NOT granted)")
+        frail_postgres.suspend()
+        async with asyncio.timeout(10):
+            await inside.stop()
+        assert ticket.run.status == "interrupted"
+        frail_postgres.resume()
+        await transaction.rollback()
 
 
 async def test_a_second_sigterm_ends_it_at_once(

@@ -17,6 +17,7 @@ from balancesync.database import Database, Steps, lock_key
 from balancesync.errors import LockHeld, SchemaMissing, SchemaTooNew, TargetMismatch
 from balancesync.model import Request, Run
 from balancesync.part import Progress
+from balancesync.session import Session
 from balancesync.sync import Sync
 
 Make = Callable[..., Engine]
@@ -420,6 +421,19 @@ async def test_a_dry_run_without_a_schema_makes_nothing(
     assert run.counts.inserted == 10
     assert await pg.fetchval(OURS) == 0
     assert made.reports[0].totals == {"balance": "1000.00"}
+
+
+async def test_a_session_waits_for_locks_as_configured_all_along(
+    engine: Make, pg: asyncpg.Connection
+) -> None:
+    name = await pg.fetchval("SELECT current_database()")
+    await pg.execute(f"ALTER DATABASE {name} SET lock_timeout = '50ms'")
+    session = await Session.open(engine(postgres={"lock_timeout": 7}).database)
+    for turn in (session.plan_by_index, session.use_any_plan):
+        assert await session.connection.fetchval("SHOW lock_timeout") == "7s"
+        await turn()
+    assert await session.connection.fetchval("SHOW lock_timeout") == "7s"
+    await session.close()
 
 
 async def test_an_empty_table_of_steps_is_a_clear_line(

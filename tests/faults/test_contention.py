@@ -101,7 +101,10 @@ async def test_time_outs_that_others_are_bound_to(
 ) -> None:
     await pg.execute(TABLE)
     name = await pg.fetchval("SELECT current_database()")
-    for setting in ("statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout"):
+    settings = ["statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout"]
+    if pg.get_server_version() >= (17,):
+        settings.append("transaction_timeout")
+    for setting in settings:
         await pg.execute(f"ALTER DATABASE {name} SET {setting} = '50ms'")
     await redis.mset({str(user): user for user in range(1, COUNT + 1)})
     engine = Engine(make_config(postgres_dsn, redis_url, USERS))

@@ -26,6 +26,7 @@ from balancesync.embedded import PostgresServer, RedisServer
 from balancesync.errors import (
     BalanceSyncError,
     ConfigError,
+    Locked,
     PostgresUnavailable,
     RedisUnavailable,
     Refused,
@@ -499,8 +500,27 @@ async def test_a_row_locked_for_too_long_fails_the_attempt(
     engine = make(postgres={"apply_batch": 10, "lock_timeout": 0.1}, retry={**RETRY, "attempts": 2})
     async with connected(frail_dsn) as application, application.transaction():
         await application.execute("UPDATE balances SET synced_at = now() WHERE user_id = 15")
-        line = await engine.failed(Transient)
+        line = await engine.failed(Locked)
         assert "stay locked" in line
+    await sound(engine, frail_dsn)
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [{}, {"mode": "dry_run"}, {"job": "verify", "mode": "verify"}],
+    ids=["sync", "dry run", "verify"],
+)
+async def test_a_table_locked_for_too_long_fails_the_attempt(
+    make: Make, frail_dsn: str, request_: dict[str, Any]
+) -> None:
+    engine = make(postgres={"lock_timeout": 0.1}, retry={**RETRY, "attempts": 2})
+    async with connected(frail_dsn) as application, application.transaction():
+        await application.execute("LOCK TABLE balances IN ACCESS EXCLUSIVE MODE")
+        line = await engine.failed(Locked, **request_)
+    assert line == (
+        "balances or rows of it stay locked by another session: canceling statement due to lock"
+        " timeout; see postgres.lock_timeout"
+    )
     await sound(engine, frail_dsn)
 
 
