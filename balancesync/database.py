@@ -38,8 +38,8 @@ _SESSION: Final = {
     "tcp_user_timeout": "7000",
 }
 _SESSION_14: Final = {"client_connection_check_interval": "2s", "idle_session_timeout": "0"}
-# One for the daemon's probes, one for a run whose statement takes long.
-_RESERVED: Final = 2
+# One for the daemon's probes, one for a run whose statement takes long, one for its health.
+_RESERVED: Final = 3
 # Seconds, thirty years of them: to the driver, None would mean the connection's own limit.
 NO_LIMIT: Final = 1e9
 
@@ -72,8 +72,9 @@ def lock_key(*parts: str) -> int:
 class Database:
     """One PostgreSQL database: a pool for short statements, and sessions of one's own.
 
-    A second, small pool is reserved for asking whether the server lives: however busy the first is
-    kept, be it by clients of HTTP that wait for somebody's lock, that is no server's death.
+    A second, small pool is reserved for asking whether the server lives and how things stand:
+    however busy the first is kept, be it by clients of HTTP that wait for somebody's lock, that is
+    no server's death.
     """
 
     def __init__(self, config: PostgresConfig) -> None:
@@ -111,7 +112,12 @@ class Database:
                 else:
                     pool = self._pool = self._pool or await self._make_pool(self.config.pool_size)
             async with pool.acquire(timeout=self.config.timeout) as connection:
-                yield connection  # type: ignore[misc]  # a PoolConnectionProxy is one in all but name
+                try:
+                    yield connection  # type: ignore[misc]  # a PoolConnectionProxy is one in all but name
+                except (asyncio.CancelledError, TimeoutError):
+                    # The pool would wait for the server to confirm, and it may hang or be gone.
+                    connection.terminate()
+                    raise
 
     async def _make_pool(self, size: int) -> Pool:
         return await asyncpg.create_pool(
@@ -143,9 +149,16 @@ class Database:
     ) -> T:
         """What `question` gives on a pooled connection, in `within_s` seconds at most.
 
-        Raises PostgresUnavailable when it's late, and what `failures` lists.
+        Raises PostgresUnavailable when it's late, and what `failures` lists. If it's a
+        `reserved` one, which nobody holds up but the server, the connections of both pools are
+        taken for dead: behind a failover that nobody was told of, new ones work at once.
         """
-        return await self.within(within_s, self._ask(question, reserved=reserved))
+        try:
+            return await self.within(within_s, self._ask(question, reserved=reserved))
+        except PostgresUnavailable:
+            if reserved:
+                await self.close()
+            raise
 
     async def _ask(self, question: Callable[[Connection], Awaitable[T]], *, reserved: bool) -> T:
         async with self.acquire(reserved=reserved) as connection:
@@ -154,8 +167,7 @@ class Database:
     async def within(self, seconds: float, work: Coroutine[Any, Any, T]) -> T:
         """What `work` with this database gives; raises PostgresUnavailable when it's late.
 
-        Then it's cancelled, but not awaited: a hanging server doesn't even take back a question,
-        and the pool waits for that.
+        Then it's cancelled, but not awaited: connecting may take longer to give up.
         """
         asking = asyncio.ensure_future(work)
         self._asking.add(asking)
@@ -232,8 +244,6 @@ async def _prepare(connection: Connection) -> None:
         list(settings),
         list(settings.values()),
     )
-
-
 
 
 class Steps:

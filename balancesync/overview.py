@@ -114,7 +114,7 @@ async def read(database: Database) -> Recorded:
     """
     records = Records(database)
     writer = lock_key("writer", database.config.schema)
-    async with database.acquire() as connection:
+    async with database.acquire(reserved=True) as connection:
         await Steps(database).check(connection)
         # A flush of live mode isn't a run to those who ask what runs.
         runs = await records.runs(connection, limit=_SEARCHED_RUNS, live=False)

@@ -31,6 +31,7 @@ class _Link:
     client: asyncio.StreamWriter
     server: asyncio.StreamWriter | None = None
     loses_reply: asyncio.Event | None = None
+    is_stranded: bool = False
 
     def close(self, *, reset: bool = False) -> None:
         for writer in (self.client, self.server):
@@ -104,6 +105,11 @@ class Proxy:
     def resume(self) -> None:
         """End `stall` and `hold`."""
         self._flows.set()
+
+    def strand(self) -> None:
+        """Have what is sent on the connections there are disappear, while new ones work."""
+        for link in self._links:
+            link.is_stranded = True
 
     def cut_after(self, count: int) -> None:
         """Reset every connection when servers have sent so many bytes from now on; once."""
@@ -182,6 +188,8 @@ class Proxy:
     ) -> None:
         with contextlib.suppress(OSError):
             while chunk := await source.read(_CHUNK):
+                if link.is_stranded:
+                    continue
                 if up:
                     self.chunks += 1
                     if step := self._steps.pop(self.chunks, None):

@@ -1,16 +1,20 @@
 """Connections, pooled or not: what they bring along, who may have them, what their servers say."""
 
 import asyncio
-from collections.abc import Callable
+import gc
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
+from proxy import Proxy
 from pydantic import SecretStr
 
 from balancesync import overview
 from balancesync.config import PostgresConfig, RedisConfig
-from balancesync.database import NO_LIMIT, Database
+from balancesync.database import NO_LIMIT, Connection, Database
 from balancesync.embedded import PostgresServer
-from balancesync.errors import ConfigError
+from balancesync.errors import ConfigError, PostgresUnavailable
 from balancesync.session import Session
 from balancesync.source import Source
 
@@ -111,3 +115,80 @@ async def test_a_pool_that_is_used_up_is_no_dead_server(postgres_dsn: str) -> No
             await session.close()
     finally:
         await database.close()
+
+
+async def select(connection: Connection) -> int:
+    return int(await connection.fetchval("SELECT 1"))
+
+
+async def warm_up(database: Database, count: int) -> None:
+    """Have so many connections in the pool, and one in reserve."""
+    borrowed = asyncio.Barrier(count)
+
+    async def borrow(connection: Connection) -> None:
+        await select(connection)
+        await borrowed.wait()
+
+    await asyncio.gather(*(database.ask(borrow, 10) for _ in range(count)))
+    await database.ask(select, 10, reserved=True)
+
+
+@pytest.fixture
+async def proxy(postgres_dsn: str) -> AsyncIterator[Proxy]:
+    """A proxy before the test's PostgreSQL."""
+    async with Proxy(urlsplit(postgres_dsn).port or 0) as made:
+        yield made
+
+
+def database_through(proxy: Proxy, dsn: str, **settings: Any) -> Database:
+    dsn = urlsplit(dsn)._replace(netloc=f"postgres@127.0.0.1:{proxy.port}").geturl()
+    return Database(PostgresConfig(dsn=SecretStr(dsn), **settings))
+
+
+LATE = r"didn't answer in 0\.2 s"
+
+
+async def test_a_late_question_costs_its_own_connection(proxy: Proxy, postgres_dsn: str) -> None:
+    database = database_through(proxy, postgres_dsn, pool_size=1)
+    await warm_up(database, 1)
+    proxy.strand()
+    with pytest.raises(PostgresUnavailable, match=LATE):
+        await database.ask(select, 0.2)
+    assert await database.ask(select, 5) == 1
+    await database.close()
+
+
+async def test_a_late_probe_costs_all_connections(proxy: Proxy, postgres_dsn: str) -> None:
+    database = database_through(proxy, postgres_dsn)
+    await warm_up(database, 4)
+    proxy.strand()
+    with pytest.raises(PostgresUnavailable, match=LATE):
+        await database.ask(select, 0.2, reserved=True)
+    assert await database.ask(select, 5, reserved=True) == 1
+    await warm_up(database, 4)
+    await database.close()
+
+
+async def test_a_server_that_hangs_leaves_nothing_in_the_log(
+    private_postgres: Callable[..., PostgresServer],
+) -> None:
+    heard: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: heard.append(context))
+    before = asyncio.all_tasks()
+    server = private_postgres()
+    database = Database(PostgresConfig(dsn=SecretStr(server.dsn), timeout=0.3))
+    await warm_up(database, 2)
+    server.suspend()
+    # Late by itself, and given up while the pool would still wait for its connection.
+    for within_s in (0.1, 0.45):
+        with pytest.raises(PostgresUnavailable):
+            await database.ask(select, within_s)
+    while left := asyncio.all_tasks() - before:
+        await asyncio.wait(left)
+        del left
+    gc.collect()
+    # What is found by then is told in the loop's next turn.
+    await asyncio.sleep(0)
+    assert heard == []
+    server.resume()
+    await database.close()

@@ -361,6 +361,12 @@ async def test_health_while_somebody_locks_what_it_reads(
     assert detail == "PostgreSQL didn't answer in 1 s"
 
 
+async def test_health_while_others_have_the_whole_pool(postgres_dsn: str, redis_url: str) -> None:
+    one = {"pool_size": 1}
+    async with Site.on(postgres_dsn, redis_url, postgres=one) as site, site.database.acquire():
+        assert (await health_of(site, "schema"))[::2] == (200, "ok")
+
+
 # --- runs -----------------------------------------------------------------------------------------
 
 
