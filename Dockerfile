@@ -40,7 +40,7 @@ EXPOSE 8000
 # Liveness alone: a database that is away must not get the container restarted. It asks where the
 # daemon listens, by the same configuration.
 HEALTHCHECK --interval=15s --timeout=5s --start-period=20s --retries=3 \
-    CMD ["python", "-c", "import urllib.request as u; from balancesync.client import Client; from balancesync.config import load; u.urlopen(f'http://{Client(load().http).address}/livez', timeout=3)"]
+    CMD ["python", "-c", "import urllib.request as u; from balancesync.config import load; u.urlopen(f'http://127.0.0.1:{load().http.port}/livez', timeout=3)"]
 
 ENTRYPOINT ["balancesync"]
 CMD ["run"]

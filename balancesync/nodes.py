@@ -16,6 +16,7 @@ from balancesync.errors import ConfigError, RedisUnavailable, RightMissing, Sour
 from balancesync.model import Met
 
 ALL_SLOTS: Final = 16_384
+_LEAST_SET_BYTES: Final = len(b"*3\r\n$3\r\nSET\r\n$1\r\n1\r\n$1\r\n1\r\n")
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +25,7 @@ class Node:
 
     `history` is the id of its data's history: new whenever it has been a replica meanwhile.
     `swaps` counts SWAPDB, `flushes` FLUSHALL and FLUSHDB of whatever database. `loaded` is how many
-    keys it came with: from a snapshot, of its own or its primary's; None if it doesn't say.
+    keys it came with at the most, from a file or its primary; None if it doesn't say.
     `client` is our connection and its database, None if the user may not ask. `slots` is every
     primary and its slots as this node sees them, empty outside a cluster; `epoch` is new after each
     change of its own, `moving` tells of one under way. `server` is redis or valkey, `info` all that
@@ -216,7 +217,7 @@ async def describe(connection: Connection, *, clustered: bool) -> Node:
         history=info.get("master_replid", ""),
         swaps=stats.get("cmdstat_swapdb", "").partition(",")[0],
         flushes=_calls(stats, "flushall") + _calls(stats, "flushdb"),
-        loaded=int(loaded) if (loaded := info.get("rdb_last_load_keys_loaded")) else None,
+        loaded=_most_loaded(info),
         slots=slots,
         epoch=epoch,
         moving=moving,
@@ -347,6 +348,15 @@ def _check_role(address: Address, info: dict[str, str]) -> None:
 def _parse_info(text: bytes) -> dict[str, str]:
     lines = (line.partition(":") for line in text.decode(errors="replace").splitlines())
     return {name: value for name, colon, value in lines if colon}
+
+
+def _most_loaded(info: dict[str, str]) -> int | None:
+    loaded = info.get("rdb_last_load_keys_loaded")
+    if loaded is None:
+        return None
+    # Not counted is what an append-only file holds: it grows by no more than comes in since.
+    logged = int(info.get("aof_current_size", 0)) - int(info.get("total_net_input_bytes", 0))
+    return max(int(loaded), logged // _LEAST_SET_BYTES)
 
 
 def _calls(stats: dict[str, str], command: str) -> int:

@@ -125,10 +125,6 @@ async def durable_redis(private_redis: Callable[..., RedisServer]) -> RedisServe
     server = private_redis({"appendonly": "yes", "appendfsync": "always"})
     async with Redis.from_url(server.url) as client:
         await fill(client, OLD)
-        # How many keys it comes back with, it tells of the snapshot in its append-only file alone.
-        await client.bgrewriteaof()
-        while (await client.info("persistence"))["aof_rewrite_in_progress"]:  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
     return server
 
 

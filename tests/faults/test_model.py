@@ -285,8 +285,12 @@ class Story(RuleBasedStateMachine):
         self, on_progress: Callable[[Progress], None] = lambda progress: None, **request: Any
     ) -> Run:
         engine = self.engine
-        sync = Sync(engine.config, engine.database, engine.source, on_progress)
-        run = self.wait(sync.run(Request(**{"job": "sync", "trigger": "cli", **request})))
+
+        async def execute() -> Run:
+            sync = Sync(engine.config, engine.database, engine.source, on_progress)
+            return await sync.run(Request(**{"job": "sync", "trigger": "cli", **request}))
+
+        run = self.wait(execute())
         self.before.forget_steps()
         self.source.forget_steps()
         self.figures.ran()
