@@ -172,7 +172,8 @@ class Inside:
         if self._tasks:
             hearing, running = self._tasks
             self._tasks = []
-            if not running.done():
+            # A second one would end this process.
+            if not running.done() and not self.daemon._stop.is_set():
                 self.daemon.stop()
             try:
                 await running

@@ -570,7 +570,7 @@ async def test_a_run_that_waits_for_a_lock_ends_when_told(
                 if ending == "cancelled":
                     await inside.api.ask(f"/runs/{ticket.run.id}", "DELETE")
                 else:
-                    inside.daemon.stop()
+                    await inside.stop()
                 run = await inside.finished(id=str(ticket.run.id))
             assert run["status"] == ending
             # Whoever comes next needn't wait until PostgreSQL has missed a lost connection.
