@@ -48,6 +48,8 @@ NO_LIMIT: Final = 1e9
 def load_sql(name: str) -> dict[str, str]:
     """Read `sql/NAME.sql` as blocks: each begins with a line `-- name: block`."""
     text = (importlib.resources.files("balancesync") / "sql" / f"{name}.sql").read_text()
+    # Names in braces stand in comments, too, for what has several lines.
+    text = re.sub(r"^ *--(?! name: ).*\n", "", text, flags=re.MULTILINE)
     parts = re.split(r"^-- name: (\w+)$", text, flags=re.MULTILINE)
     return {block: sql.strip() for block, sql in zip(parts[1::2], parts[2::2], strict=True)}
 

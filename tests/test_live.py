@@ -13,7 +13,7 @@ from faults.ground import connected
 from redis.asyncio import Redis
 from running import Inside, daemon_config
 
-from balancesync import flushruns, leadership, live, pending, probing, tracking
+from balancesync import flushruns, keyed, leadership, live, pending, probing, target, tracking
 from balancesync.database import lock_key
 from balancesync.embedded import PostgresServer, RedisServer
 from balancesync.model import Job, Request, Run
@@ -134,6 +134,22 @@ async def test_every_kind_of_change_follows_in_one_run(
     assert (counts["inserted"], counts["updated"], counts["rejected"]) == (1, 2, 1)
     # Those that are gone stay, and are counted: on_absent is keep.
     assert (ended["absent"], ended["deleted"], len(await rows(pg))) == (3, 0, KEYS + 1)
+
+
+async def test_what_flushes_leave_in_temporary_tables_is_cleared_up(
+    start: Start, redis: Redis, pg: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (target, keyed):
+        monkeypatch.setattr(module, "VACUUM_ROWS", 0)
+    daemon = await start(OWN)
+    for number in range(2, 5):
+        await redis.set("balance:1", number)
+        await redis.delete(f"balance:{number}")
+        await until_balance(pg, 1, f"{number}.00")
+        await until(lambda: pg.fetchval("SELECT count(*) FROM balances"), KEYS + 1 - number)
+    await daemon.stop()
+    run = await daemon.finished(job="live")
+    assert (run["status"], run["updated"], run["deleted"]) == ("succeeded", 3, 3)
 
 
 async def test_a_run_of_flushes_that_has_ended_is_no_last_run(
