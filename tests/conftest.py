@@ -7,6 +7,7 @@ the tests empty over and over) name.
 
 import os
 import shutil
+import signal
 import tempfile
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -33,6 +34,13 @@ _ROOM_BYTES = 4 << 30
 
 
 def pytest_configure() -> None:
+    """Set up what every test and program under test takes for granted."""
+    # Shells ignore it for what they run in the background, and so would the programs under test.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    _keep_files_in_memory()
+
+
+def _keep_files_in_memory() -> None:
     """Have all files in memory where there's room, unless TMPDIR says where they're to be.
 
     Nearly every test has a database of its own, which is three hundred files.

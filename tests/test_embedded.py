@@ -178,7 +178,7 @@ def test_nothing_is_left_when_the_owner_dies(end: signal.Signals) -> None:
         assert processes.living().keys() >= set(pids)
         assert all(folder.is_dir() for folder in folders)
         owner.send_signal(end)
-        owner.wait()
+        owner.wait(20)
     assert processes.wait_for(lambda: not processes.living().keys() & set(pids), 15)
     assert processes.wait_for(lambda: not any(folder.exists() for folder in folders), 15)
 
