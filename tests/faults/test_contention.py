@@ -30,18 +30,23 @@ class Users:
         self.seen = dict.fromkeys(range(1, COUNT + 1), 0)
         self.deadlocks = 0
         self._dsn = dsn
+        self._is_at_work = False
 
     @asynccontextmanager
     async def at_work(self, tasks: int) -> AsyncIterator[None]:
+        self._is_at_work = True
         async with asyncio.TaskGroup() as group:
-            working = [group.create_task(self._work(random.Random(n))) for n in range(tasks)]  # noqa: S311
-            yield
-            for task in working:
-                task.cancel()
+            for number in range(tasks):
+                group.create_task(self._work(random.Random(number)))  # noqa: S311  # any will do
+            try:
+                yield
+            finally:
+                # Cancelled in its COMMIT, nobody would know whether it has counted.
+                self._is_at_work = False
 
     async def _work(self, chance: random.Random) -> None:
         async with connected(self._dsn) as connection:
-            while True:
+            while self._is_at_work:
                 users = sorted(chance.sample(range(1, COUNT + 1), 12), reverse=True)
                 try:
                     async with connection.transaction():
