@@ -10,7 +10,7 @@ import structlog
 from balancesync.apply import Applied
 from balancesync.config import GuardConfig
 from balancesync.mapping import Mapping
-from balancesync.model import Baseline, Counts, Judgement, Observed, Reject, guard
+from balancesync.model import Baseline, Counts, Judgement, Met, Observed, Reject, exceeds, guard
 from balancesync.nodes import Identity
 from balancesync.reading import Reading
 from balancesync.records import Remembered
@@ -124,6 +124,28 @@ class Part:
     def baseline(self) -> Baseline:
         """What the guard is to remember after a success."""
         return Baseline(present=self.present, absent=self.diff.absent - self.applied.deleted)
+
+
+def suspicion(
+    met: Met | None, now: Met, loaded: int | None, known: int, max_loss: float
+) -> str | None:
+    """Why the Redis that was `met` at the last success may have been empty since; None: it wasn't.
+
+    `loaded` are the keys that the one of `now` came with at the most, None if it doesn't say;
+    `known` are those that it would have to come with if it was restarted.
+    """
+    since = "since the last success"
+    if met is None:
+        return None
+    if met.run_id == now.run_id:
+        # Back at none, they were forgotten by CONFIG RESETSTAT.
+        emptied = now.flushes not in (0, met.flushes)
+        return f"Redis was emptied by FLUSHALL or FLUSHDB {since}" if emptied else None
+    if loaded is None:
+        return f"Redis was restarted or replaced {since}"
+    if exceeds(known - loaded, max_loss, known):
+        return f"Redis was restarted or replaced {since}, with {loaded:,} keys"
+    return None
 
 
 def reading_of(mapping: Mapping) -> Reading:

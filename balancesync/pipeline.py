@@ -16,7 +16,7 @@ from balancesync.history import History
 from balancesync.mapping import Mapping
 from balancesync.model import WOULD_BE_REFUSED, Met, Refusal, Stamp, exceeds
 from balancesync.nodes import Identity
-from balancesync.part import Part, Progress, RejectLog, reading_of, scan
+from balancesync.part import Part, Progress, RejectLog, reading_of, scan, suspicion
 from balancesync.records import Remembered
 from balancesync.report import describe, reread, spare_present
 from balancesync.session import Session
@@ -147,11 +147,11 @@ class Pipeline(Attempt):
             for config in self._config.mapping
             if config.name in known
         )
-        refusals = []
+        refusals, limits = [], self._config.guard
         for part in parts:
             remembered = known.get(part.mapping.name, Remembered())
-            suspicion = self._suspicion(remembered.met, redis, keys)
-            judged = await part.judge(remembered, self._config.guard, suspicion)
+            doubt = suspicion(remembered.met, redis.met, redis.loaded, keys, limits.max_loss)
+            judged = await part.judge(remembered, limits, doubt)
             if judged.refusal:
                 refusals.append(judged.refusal)
             elif not part.present:
@@ -159,7 +159,7 @@ class Pipeline(Attempt):
             elif exceeds(judged.lost, _NOTABLE_LOSS, judged.known):
                 self._warn(
                     f'mapping "{part.mapping.name}": {judged.lost:,} of {judged.known:,} known keys'
-                    f" are gone; guard.max_loss = {self._config.guard.max_loss:g} allows it"
+                    f" are gone; guard.max_loss = {limits.max_loss:g} allows it"
                 )
         if self._writes:
             refusals = await self._judge_size(parts) or refusals
@@ -180,25 +180,6 @@ class Pipeline(Attempt):
                 " `balancesync restore` (--overwrite for those that came back changed), or run"
                 " `balancesync sync --accept-loss` if this is as it should be"
             )
-
-    def _suspicion(self, met: Met | None, now: Identity, known: int) -> str | None:
-        """Why the Redis that was `met` may have been empty since then; None if it wasn't.
-
-        `known` are the keys that it would have to come with if it was restarted.
-        """
-        since = "since the last success"
-        if met is None:
-            return None
-        if met.run_id == now.run_id:
-            # Back at none, they were forgotten by CONFIG RESETSTAT.
-            emptied = now.met.flushes not in (0, met.flushes)
-            return f"Redis was emptied by FLUSHALL or FLUSHDB {since}" if emptied else None
-        loaded = now.loaded
-        if loaded is None:
-            return f"Redis was restarted or replaced {since}"
-        if exceeds(known - loaded, self._config.guard.max_loss, known):
-            return f"Redis was restarted or replaced {since}, with {loaded:,} keys"
-        return None
 
     async def _judge_size(self, parts: Sequence[Part]) -> list[Refusal]:
         sizes = await self._source.dbsize()

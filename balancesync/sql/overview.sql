@@ -27,9 +27,3 @@ WHERE c.relnamespace = to_regnamespace($1) AND c.relkind IN ('r', 'p') AND NOT (
     has_table_privilege(c.oid, 'SELECT') AND has_table_privilege(c.oid, 'INSERT')
     AND has_table_privilege(c.oid, 'UPDATE') AND has_table_privilege(c.oid, 'DELETE'))
 ORDER BY c.relname;
-
--- name: may_create_in
-SELECT has_schema_privilege(to_regnamespace($1), 'CREATE');
-
--- name: estimate
-SELECT greatest(reltuples, 0)::bigint FROM pg_class WHERE oid = $1::oid;
