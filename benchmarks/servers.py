@@ -209,8 +209,8 @@ def tell(found: dict[str, Any]) -> None:
 
 
 async def finish(process: asyncio.subprocess.Process) -> dict[str, Any]:
-    """What a worker reports at its end."""
-    output, _ = await process.communicate()
+    """What a worker reports at its end; one that works until its stdin ends is told so."""
+    output, _ = await process.communicate(b"")
     if process.returncode:
         raise Broken("a worker failed; its error is above")
     found: dict[str, Any] = json.loads(output or b"{}")

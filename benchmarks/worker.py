@@ -24,6 +24,7 @@ ACTIONS: Final = {
     "reads": ("bare_read", "source_read", "hmget", "raw_hmget", "hscan"),
     "writes": ("copy", "insert", "update", "script", "sets", "raw_sets", "orm"),
     "client": ("gets",),
+    "hearing": ("hear",),
     "browser": ("paints",),
     "changes": ("spend", "watch"),
     "visitors": ("pace", "balances", "anything", "redis_reads", "postgres_reads"),
