@@ -29,7 +29,7 @@ def statements(
 
     `first` is the diff that this one is a second look at, or itself; `changes` the history;
     `pruned` keeps the keys that were pruned.
-    `ordered` joins the staging table in key order, for looks into the target's key index.
+    `ordered` joins the staging table in key order, for the target's key index.
     """
     staged_keys = ", ".join(_numbered("k", config.key_columns))
     parts = {
@@ -83,6 +83,7 @@ def _key_parts(config: MappingConfig, table: Table) -> dict[str, str]:
         if len(k) == 1
         else f"count(DISTINCT ({', '.join(k)}))",
         "key_columns": ", ".join(map(quote, keys)),
+        "first_key": quote_literal(keys[0]),
         "key_types": ", ".join(_key_types(config, table)),
         "s_keys": ", ".join(f"s.{name}" for name in k),
         "t_keys": ", ".join(f"t.{quote(name)}" for name in keys),

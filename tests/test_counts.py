@@ -11,6 +11,7 @@ from redis.asyncio import Redis
 from balancesync.errors import ConfigError, RunFailed, SourceChanged, TargetMismatch
 from balancesync.model import Counts, Run
 from balancesync.part import Progress
+from balancesync.target import Writer
 
 MakeEngine = Callable[..., Engine]
 
@@ -406,3 +407,57 @@ async def test_report_of_what_would_be(
     }
     assert report.totals == {"balance": "7.50"}
     assert await total(pg) == "100.00"
+
+
+@pytest.mark.parametrize(
+    ("key", "order", "expected"),
+    [
+        ("bigint", "user_id", True),
+        ("bigint", "user_id DESC", True),
+        ("bigint", "hashint8(user_id::bigint)", False),
+        ("text", "user_id", False),
+    ],
+)
+async def test_the_same_comes_of_it_however_the_table_lies(
+    engine: MakeEngine,
+    redis: Redis,
+    pg: asyncpg.Connection,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    key: str,
+    order: str,
+    expected: bool,
+) -> None:
+    found: list[bool] = []
+    look = Writer._is_in_key_order
+
+    async def looked(writer: Writer) -> bool:
+        found.append(await look(writer))
+        return found[-1]
+
+    monkeypatch.setattr(Writer, "_is_in_key_order", looked)
+    await pg.execute(
+        f"CREATE TABLE balances (user_id {key} PRIMARY KEY, balance numeric(20,2) NOT NULL,"
+        " synced_at timestamptz)"
+    )
+    await pg.execute(
+        "INSERT INTO balances SELECT user_id, 1, now() FROM"
+        f" (SELECT n::{key} AS user_id FROM generate_series(1, 2000) AS n) AS s ORDER BY {order}"
+    )
+    await pg.execute("ANALYZE balances")
+    wanted = {number: 2 if number % 7 == 0 else 1 for number in range(101, 2101)}
+    await redis.mset({f"balance:{number}": str(balance) for number, balance in wanted.items()})
+
+    run = await engine(
+        {"on_absent": "delete", "columns": {"user_id": key, "balance": "numeric(20,2)"}}
+    ).good()
+    assert found == [expected]
+    assert nonzero(run.counts) == {
+        "inserted": 100,
+        "updated": 271,
+        "unchanged": 1629,
+        "absent": 100,
+        "deleted": 100,
+    }
+    rows = await pg.fetch("SELECT user_id::bigint AS number, balance FROM balances")
+    assert {row["number"]: row["balance"] for row in rows} == wanted

@@ -42,6 +42,12 @@ WHERE p.mapping = $1 AND EXISTS (SELECT FROM {staging} AS s WHERE {s_key_texts} 
 -- name: count_rejected_rows
 SELECT count(*) FROM {staging} AS s WHERE s.rejected AND EXISTS (SELECT FROM {target} AS t WHERE {same_key});
 
+-- name: is_in_key_order
+SELECT abs(s.correlation) > 0.9 FROM pg_stats AS s
+    JOIN pg_class AS c ON s.tablename = c.relname
+    JOIN pg_namespace AS n ON n.oid = c.relnamespace AND s.schemaname = n.nspname
+WHERE c.oid = {oid} AND s.attname = {first_key} AND NOT s.inherited;
+
 -- name: diff_join
 INSERT INTO {diff} (n, op, {keys}, {values}, {olds})
 SELECT row_number() OVER (ORDER BY {keys}), op, {keys}, {values}, {olds}
