@@ -141,6 +141,9 @@ def suspicion(
         # Back at none, they were forgotten by CONFIG RESETSTAT.
         emptied = now.flushes not in (0, met.flushes)
         return f"Redis was emptied by FLUSHALL or FLUSHDB {since}" if emptied else None
+    if now.flushes:
+        emptied_then = "and emptied by FLUSHALL or FLUSHDB since its start"
+        return f"Redis was restarted or replaced {since}, {emptied_then}"
     if loaded is None:
         return f"Redis was restarted or replaced {since}"
     if exceeds(known - loaded, max_loss, known):

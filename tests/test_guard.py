@@ -333,6 +333,26 @@ async def test_a_redis_that_came_back_with_its_keys_is_followed(
     await engine.close()
 
 
+async def test_a_redis_that_came_back_with_its_keys_and_was_emptied_then_is_refused(
+    private_redis: Callable[..., RedisServer], postgres_dsn: str
+) -> None:
+    server = private_redis()
+    engine = Engine(make_config(postgres_dsn, server.url))
+    async with Redis.from_url(server.url) as client:
+        await fill(client, range(10))
+        await client.save()
+        await engine.good()
+    server.kill()
+    server.start()
+    async with Redis.from_url(server.url) as client:
+        await client.flushall()
+        await fill(client, range(10), "0")
+        assert "and emptied by FLUSHALL or FLUSHDB since its start: 10 of 10" in await refused(
+            engine
+        )
+    await engine.close()
+
+
 async def test_rejects_that_are_gone_hold_no_refusal_up(ten: Engine, redis: Redis) -> None:
     await fill(redis, [20, 21], "garbage")
     await ten.good()

@@ -59,6 +59,8 @@ class Story(RuleBasedStateMachine):
         self.baseline = Baseline(0, 0)
         self.pruned: set[int] = set()
         self.standing = False
+        # Redis has been empty since the last success, and tells so.
+        self.emptied = False
         self.ledger = Ledger(KEYS, figures)
         self.last: Run | None = None
         self.runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
@@ -131,7 +133,7 @@ class Story(RuleBasedStateMachine):
     def flush(self) -> None:
         self.figures.fault()
         self.client.flushall()
-        self.held = {}
+        self.held, self.emptied = {}, True
 
     @rule(keys=KEY_SETS)
     def start_again_from_zero(self, keys: set[int]) -> None:
@@ -152,6 +154,8 @@ class Story(RuleBasedStateMachine):
     def restart_redis(self) -> None:
         self.server.kill()
         self.server.start()
+        # It counts anew, and its file would hold more than enough.
+        self.emptied = False
 
     # --- runs ---
 
@@ -229,7 +233,7 @@ class Story(RuleBasedStateMachine):
             known = self.baseline
             more = max(len(self.rows) - known.present, 0)
             self.baseline = Baseline(known.present + more, max(known.absent - more, 0))
-            self.pruned, self.standing = set(), False
+            self.pruned, self.standing, self.emptied = set(), False, False
         else:
             assert run.status == "failed"
             assert fault or (differing and not overwrite)
@@ -311,12 +315,16 @@ class Story(RuleBasedStateMachine):
         if not self.held:
             return True
         absent = len(self.rows.keys() - self.held.keys())
-        lost = min(max(absent - before, 0), known)
+        rows = min(max(absent - before, 0), known)
+        lost = max(rows, known - len(self.held))
         changed = sum(
             value is not None and key in self.rows and self.rows[key] != value
             for key, value in self.held.items()
         )
-        return 2 * (lost + (changed if self.standing else 0)) > known
+        made_anew = changed if self.standing or self.emptied else 0
+        if self.standing and rows + made_anew:
+            return True
+        return 2 * (lost + made_anew) > known
 
     def judge(self, run: Run, *, done: bool) -> None:
         """Compare what came of a run with what had to; `done` if nothing had disturbed it."""
@@ -337,7 +345,7 @@ class Story(RuleBasedStateMachine):
             self.rows = {key: value for key, value in self.rows.items() if key not in gone}
         absent = len(self.rows.keys() - self.held.keys())
         self.baseline, self.standing = Baseline(len(self.held), absent), False
-        self.pruned = set()
+        self.pruned, self.emptied = set(), False
 
     @invariant()
     def holds(self) -> None:
