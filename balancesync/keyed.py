@@ -30,7 +30,7 @@ class KeyedWriter(Writer):
     async def _differ(self) -> Diff:
         # `absent` and `target_rows` aren't counted.
         found = Diff(stored=self._staged, rejected=self._rejected)
-        await self._execute(self._sql_by_index["diff_join"])
+        await self._execute(self._sql["diff_join_in_order"])
         await self._summarize(found)
         if self._gone_rows and self.mapping.config.on_absent == "delete":
             last = max(found.inserted.last, found.updated.last)

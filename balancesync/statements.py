@@ -23,18 +23,16 @@ def statements(
     first: str,
     changes: str,
     pruned: str,
-    ordered: bool,
 ) -> dict[str, str]:
     """Every block of `sql/target.sql` for this mapping; identifiers are quoted here.
 
     `first` is the diff that this one is a second look at, or itself; `changes` the history;
     `pruned` keeps the keys that were pruned.
-    `ordered` joins the staging table in key order, for the target's key index.
+    `diff_join_in_order` is `diff_join` with the staged rows in the order of the target's key index.
     """
-    staged_keys = ", ".join(_numbered("k", config.key_columns))
     parts = {
         "staging": staging,
-        "staged": f"(TABLE {staging} ORDER BY {staged_keys})" if ordered else staging,
+        "staged": staging,
         "diff": diff,
         "first": first,
         "changes": changes,
@@ -47,7 +45,9 @@ def statements(
         **_writes(config, _synced_at(config, table)),
         **_texts(config),
     }
-    return {name: block.format_map(parts) for name, block in _BLOCKS.items()}
+    filled = {name: block.format_map(parts) for name, block in _BLOCKS.items()}
+    parts["staged"] = f"(TABLE {staging} ORDER BY {parts['keys']})"
+    return {**filled, "diff_join_in_order": _BLOCKS["diff_join"].format_map(parts)}
 
 
 def _slice_parts(config: MappingConfig, table: Table) -> dict[str, str]:

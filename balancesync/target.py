@@ -83,18 +83,14 @@ class Writer:
         self._diff = f"pg_temp.diff_{number}"
         self._gone = "diff_gone_again" if first else "diff_gone"
         self._keys, self._values = staged_columns(mapping.config)
-        self._sql, self._sql_by_index = (
-            statements(
-                mapping.config,
-                table,
-                staging=f"pg_temp.{self._staging}",
-                diff=self._diff,
-                first=(first or self)._diff,
-                changes=f"{session.database.schema}.changes",
-                pruned=f"{session.database.schema}.pruned",
-                ordered=ordered,
-            )
-            for ordered in (False, True)
+        self._sql = statements(
+            mapping.config,
+            table,
+            staging=f"pg_temp.{self._staging}",
+            diff=self._diff,
+            first=(first or self)._diff,
+            changes=f"{session.database.schema}.changes",
+            pruned=f"{session.database.schema}.pruned",
         )
         self._pending: list[bytes] = []
         self._pending_bytes = 0
@@ -236,23 +232,27 @@ class Writer:
             await self._execute(self._sql["diff_new"])
             await self._summarize(found)
             return
-        sql = self._sql
-        join = self._sql_by_index if await self._is_in_key_order() else self._sql
-        if found.target_rows > _INDEX_RATIO * self._staged:
-            # One look into the key index for each staged row, in key order, whatever the
-            # planner believes of a table that was never analyzed.
-            for setting in ("enable_seqscan", "enable_hashjoin", "enable_mergejoin"):
-                await self._execute(f"SET LOCAL {setting} = off")
-            sql = join = self._sql_by_index
-        await self._execute(join["diff_join"])
+        await self._join(found.target_rows)
         await self._summarize(found)
+        sql = self._sql
         rejected = await self._count(sql["count_rejected_rows"]) if self._rejected_rows else 0
         found.absent = found.target_rows - (found.stored - found.inserted.rows) - rejected
         if found.absent and self.mapping.config.on_absent == "delete":
             await self._execute(sql[self._gone], max(found.inserted.last, found.updated.last))
             await self._summarize(found)
 
-    async def _is_in_key_order(self) -> bool:
+    async def _join(self, target_rows: int) -> None:
+        """Put what differs into the diff, by whichever way is fast for such a table."""
+        by_index = target_rows > _INDEX_RATIO * self._staged
+        if by_index:
+            # One look into the key index for each staged row, in key order, whatever the
+            # planner believes of a table that was never analyzed.
+            for setting in ("enable_seqscan", "enable_hashjoin", "enable_mergejoin"):
+                await self._execute(f"SET LOCAL {setting} = off")
+        in_order = by_index or await self._sorts_first()
+        await self._execute(self._sql["diff_join_in_order" if in_order else "diff_join"])
+
+    async def _sorts_first(self) -> bool:
         """Whether staged rows are best sorted before they are joined.
 
         A table that lies in key order is met by its key index, and the rows come out in the order
