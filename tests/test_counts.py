@@ -429,13 +429,13 @@ async def test_the_same_comes_of_it_however_the_table_lies(
     expected: bool,
 ) -> None:
     found: list[bool] = []
-    look = Writer._is_in_key_order
+    look = Writer._sorts_first
 
     async def looked(writer: Writer) -> bool:
         found.append(await look(writer))
         return found[-1]
 
-    monkeypatch.setattr(Writer, "_is_in_key_order", looked)
+    monkeypatch.setattr(Writer, "_sorts_first", looked)
     await pg.execute(
         f"CREATE TABLE balances (user_id {key} PRIMARY KEY, balance numeric(20,2) NOT NULL,"
         " synced_at timestamptz)"

@@ -1,6 +1,6 @@
 """Losing Redis never empties PostgreSQL: what the guard refuses, and what lifts a refusal."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
@@ -314,9 +314,11 @@ async def test_a_redis_that_came_back_without_its_keys_is_refused(
     await engine.close()
 
 
-async def test_a_redis_that_came_back_with_its_keys_is_followed(
+@pytest.fixture
+async def restarted(
     private_redis: Callable[..., RedisServer], postgres_dsn: str
-) -> None:
+) -> AsyncIterator[tuple[Engine, Redis]]:
+    """Ten keys, a success that knows them, and a Redis that was restarted with them since."""
     server = private_redis()
     engine = Engine(make_config(postgres_dsn, server.url))
     async with Redis.from_url(server.url) as client:
@@ -326,31 +328,28 @@ async def test_a_redis_that_came_back_with_its_keys_is_followed(
     server.kill()
     server.start()
     async with Redis.from_url(server.url) as client:
-        await fill(client, range(10), "7.00")
-        run = await engine.good()
+        yield engine, client
+    await engine.close()
+
+
+async def test_a_redis_that_came_back_with_its_keys_is_followed(
+    restarted: tuple[Engine, Redis],
+) -> None:
+    engine, client = restarted
+    await fill(client, range(10), "7.00")
+    run = await engine.good()
     assert run.counts.updated == 10
     assert any("may have gone back in time" in each for each in run.warnings)
-    await engine.close()
 
 
 async def test_a_redis_that_came_back_with_its_keys_and_was_emptied_then_is_refused(
-    private_redis: Callable[..., RedisServer], postgres_dsn: str
+    restarted: tuple[Engine, Redis],
 ) -> None:
-    server = private_redis()
-    engine = Engine(make_config(postgres_dsn, server.url))
-    async with Redis.from_url(server.url) as client:
-        await fill(client, range(10))
-        await client.save()
-        await engine.good()
-    server.kill()
-    server.start()
-    async with Redis.from_url(server.url) as client:
-        await client.flushall()
-        await fill(client, range(10), "0")
-        assert "and emptied by FLUSHALL or FLUSHDB since its start: 10 of 10" in await refused(
-            engine
-        )
-    await engine.close()
+    engine, client = restarted
+    await client.flushall()
+    await fill(client, range(10), "0")
+    line = await refused(engine)
+    assert "and emptied by FLUSHALL or FLUSHDB since its start: 10 of 10" in line
 
 
 async def test_rejects_that_are_gone_hold_no_refusal_up(ten: Engine, redis: Redis) -> None:
