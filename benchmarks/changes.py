@@ -25,7 +25,8 @@ def _set(number: int, value: bytes) -> bytes:
     return b"*3\r\n$3\r\nSET\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n" % (len(key), key, len(value), value)
 
 
-def _connect(url: str) -> socket.socket:
+def connect(url: str) -> socket.socket:
+    """A plain socket to Redis that sends at once."""
     parts = urlsplit(url)
     made = socket.create_connection((str(parts.hostname), int(parts.port or 0)))
     made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -48,7 +49,7 @@ async def spend(
     `distinct`: no key twice before all had their turn; else at random. Tells how many were set, in
     how many seconds, and by how much it fell behind its pace at the most.
     """
-    sockets = [_connect(url) for _ in range(connections)]
+    sockets = [connect(url) for _ in range(connections)]
     chance = random.Random(seed)  # noqa: S311  # any will do
     at_once = connections * depth
     rounds = int(rate * seconds / at_once)
@@ -79,7 +80,7 @@ async def watch(url: str, dsn: str, key: int, seconds: float) -> dict[str, Any]:
 
     A balance that was followed by the next before it was seen counts, too: when that one is seen.
     """
-    redis = _connect(url)
+    redis = connect(url)
     connection = await asyncpg.connect(dsn)
     look = await connection.prepare("SELECT balance FROM balances WHERE user_id = $1")
     sent: list[float] = []

@@ -1,14 +1,13 @@
 """The least that following changes takes: to be told of them, and to read each changed key once."""
 
 import select
-import socket
 import sys
 from time import perf_counter
 from typing import Any, Final
-from urllib.parse import urlsplit
 
 import hiredis
 
+from benchmarks.changes import connect
 from benchmarks.data import pack
 
 _CHANNEL: Final = b"__redis__:invalidate"
@@ -22,9 +21,7 @@ class _Client:
     """A plain socket to Redis, and a parser."""
 
     def __init__(self, url: str) -> None:
-        parts = urlsplit(url)
-        self._socket = socket.create_connection((str(parts.hostname), int(parts.port or 0)))
-        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._socket = connect(url)
         self._reader = hiredis.Reader(notEnoughData=Ellipsis)
 
     def ask(self, *words: bytes) -> Any:

@@ -202,13 +202,13 @@ async def redis_cost(bench: Bench) -> list[Row]:
         await twin.hold(STRINGS)
         for _ in range(bench.runs):
             # With live mode in the middle, so that a machine that changes its speed favours none.
-            before = [await _spend(bench, 20_000), await _heard(bench)]
+            alone_first, heard_first = await _spend(bench, 20_000), await _heard(bench)
             async with _following(bench) as live:
                 followed.append(_mean([await _spend(bench, 20_000) for _ in range(2)]))
                 pairs = [await asyncio.gather(*(_spend(b, 10_000) for b in (bench, twin)))]
                 await live.drained()
-            heard.append(_mean([before[1], await _heard(bench)]))
-            alone.append(_mean([before[0], await _spend(bench, 20_000)]))
+            heard.append(_mean([heard_first, await _heard(bench)]))
+            alone.append(_mean([alone_first, await _spend(bench, 20_000)]))
             pairs.append(await asyncio.gather(*(_spend(b, 10_000) for b in (bench, twin))))
             (one, other), (idle, idle_twin) = pairs
             # Both are as fast as one another, but for what two processes have of luck.
