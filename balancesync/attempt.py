@@ -3,10 +3,11 @@
 import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from balancesync.apply import Applied
 from balancesync.config import Config, MappingConfig
+from balancesync.continuity import Sighting
 from balancesync.database import Database, Steps
 from balancesync.errors import ConfigError, LockHeld, RunFailed
 from balancesync.model import Request, Run
@@ -63,6 +64,8 @@ class Attempt(ABC):
         self._settle = work.settle
         self._records = Records(work.database)
         self._writes = work.request.mode == "apply"
+        # What Redis said of itself before anything was read from it.
+        self._seen = Sighting(())
 
     async def execute(self, wait_s: float, close: Callable[[], None]) -> None:
         """Do it all; `close` stamps the run's end just before its success is recorded.
@@ -108,10 +111,20 @@ class Attempt(ABC):
 
     async def _meet(self, session: Session) -> Identity:
         """Look who Redis is; another one than the last run's is worth a warning."""
+        if self._writes:
+            moment, at = await self._records.moment(session.connection)
+        else:
+            moment, at = None, (await session.clock()).timestamp()
         identity = await self._source.identity()
+        self._seen = replace(identity.sighting, moment=moment, at=at)
         known = session.connection if self.recorded else None
         await self._records.meet(known, self._run, identity.run_id)
         return identity
+
+    async def _look_again(self, session: Session) -> Sighting:
+        """What Redis says of itself now."""
+        at = (await session.clock()).timestamp()
+        return replace((await self._source.identity()).sighting, at=at)
 
     def _chosen(self) -> list[MappingConfig]:
         """The mapping that is asked for, or all; raises ConfigError."""

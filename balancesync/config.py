@@ -159,6 +159,11 @@ class MappingConfig:
         if self.on_absent == "delete" and not self.synced_at:
             raise Misfit("delete needs synced_at: it marks the rows of our own", "on_absent")
 
+    @property
+    def full_key(self) -> str:
+        """The template of its keys; of a big hash its name and the template of its members."""
+        return f"{self.key} {self.member}" if self.member else self.key
+
     def _check_key(self) -> None:
         if self.member and self.type != "hash":
             raise Misfit('goes with type = "hash" only', "member")

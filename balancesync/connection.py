@@ -111,6 +111,11 @@ class Connection(asyncio.Protocol):
         self._resting: asyncio.TimerHandle | None = None
 
     @property
+    def database(self) -> int:
+        """The number of the database that it has selected."""
+        return self._access.database
+
+    @property
     def usable(self) -> bool:
         """Whether a command can still be sent."""
         return self._failure is None and self._transport is not None

@@ -158,9 +158,7 @@ class Flusher:
         opened: OpenRun,
     ) -> dict[str, Counts]:
         known = await self._records.remembered(session.connection)
-        for name, each in known.items():
-            if each.refusal is not None:
-                raise Gap(f'the guard\'s refusal of mapping "{name}" stands: {each.refusal}')
+        await self._check_refusals(known)
         keyed = []
         counts: dict[str, Counts] = {}
         for name, keys in changed.items():
@@ -188,6 +186,16 @@ class Flusher:
             staged=len(counts) < len(changed) or any(each.rejected for each in counts.values()),
         )
         return counts
+
+    async def _check_refusals(self, known: Dictionary[str, Remembered]) -> None:
+        """Raise Gap if a refusal stands on this Redis."""
+        if all(each.refusal is None for each in known.values()):
+            return
+        now = (await self._source.identity()).sighting
+        keys = {config.name: config.full_key for config in self._config.mapping}
+        for name, each in known.items():
+            if each.refuses(now.of_keys(keys[name]) if name in keys else None):
+                raise Gap(f'the guard\'s refusal of mapping "{name}" stands: {each.refusal}')
 
     async def _read(
         self, writer: KeyedWriter, keys: list[bytes], tracking: Tracking, rejects: RejectLog

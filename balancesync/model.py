@@ -228,14 +228,6 @@ class Baseline:
 
 
 @dataclass(frozen=True, slots=True)
-class Met:
-    """A Redis as it was met: its run_id, and how often it had been emptied since its start."""
-
-    run_id: str
-    flushes: int
-
-
-@dataclass(frozen=True, slots=True)
 class Stamp:
     """What everything that one run or flush writes has in common.
 

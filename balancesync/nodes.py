@@ -12,20 +12,17 @@ import hiredis
 
 from balancesync.access import Access, Address
 from balancesync.connection import Connection, connected, pack
+from balancesync.continuity import Primary, Sighting, starts_alike
 from balancesync.errors import ConfigError, RedisUnavailable, RightMissing, SourceChanged
-from balancesync.model import Met
+from balancesync.primaries import read_primary
 
 ALL_SLOTS: Final = 16_384
-_LEAST_SET_BYTES: Final = len(b"*3\r\n$3\r\nSET\r\n$1\r\n1\r\n$1\r\n1\r\n")
 
 
 @dataclass(frozen=True, slots=True)
 class Node:
     """One primary as it was at one moment.
 
-    `history` is the id of its data's history: new whenever it has been a replica meanwhile.
-    `swaps` counts SWAPDB, `flushes` FLUSHALL and FLUSHDB of whatever database. `loaded` is how many
-    keys it came with at the most, from a file or its primary; None if it doesn't say.
     `client` is our connection and its database, None if the user may not ask. `slots` is every
     primary and its slots as this node sees them, empty outside a cluster; `epoch` is new after each
     change of its own, `moving` tells of one under way. `server` is redis or valkey, `info` all that
@@ -33,11 +30,7 @@ class Node:
     """
 
     address: Address
-    run_id: str
-    history: str
-    swaps: str
-    flushes: int
-    loaded: int | None
+    primary: Primary
     slots: tuple[str, ...]
     epoch: str
     moving: bool
@@ -46,6 +39,11 @@ class Node:
     version: str
     dbsize: int
     info: dict[str, str]
+
+    @property
+    def run_id(self) -> str | None:
+        """New with each start of the server; None if it doesn't say."""
+        return self.primary.run_id
 
     @property
     def release(self) -> tuple[int, ...]:
@@ -58,14 +56,14 @@ class Node:
 
         A SWAPDB, or slots that move, would carry keys past a scan that ends in good order.
         """
-        reason = None
-        if self.run_id != after.run_id:
+        reason, then, now = None, self.primary, after.primary
+        if then.run_id != now.run_id or starts_alike(then, now) is False:
             reason = "was restarted"
-        elif self.history != after.history:
+        elif then.history != now.history:
             reason = "began a new history of replication"
         elif self.client != after.client:
             reason = "was reached over another connection"
-        elif self.swaps != after.swaps:
+        elif then.swaps != now.swaps:
             reason = "had databases swapped by SWAPDB"
         elif (self.slots, self.epoch) != (after.slots, after.epoch):
             reason = "and its cluster shared out their slots anew"
@@ -86,25 +84,19 @@ class Identity:
         return f"{self.nodes[0].address}{f' and {others} more' if others else ''}"
 
     @property
-    def run_id(self) -> str:
+    def run_id(self) -> str | None:
         """New whenever a server was started again; a cluster's are joined by commas."""
-        return ",".join(sorted(self.run_ids))
+        return self.sighting.run_id
 
     @property
-    def run_ids(self) -> set[str]:
+    def run_ids(self) -> set[str | None]:
         """Each primary's."""
         return {node.run_id for node in self.nodes}
 
     @property
-    def met(self) -> Met:
-        """What the guard is to remember of them."""
-        return Met(self.run_id, sum(node.flushes for node in self.nodes))
-
-    @property
-    def loaded(self) -> int | None:
-        """The keys that they came with when they were started; None if one doesn't say."""
-        found = [node.loaded for node in self.nodes if node.loaded is not None]
-        return sum(found) if len(found) == len(self.nodes) else None
+    def sighting(self) -> Sighting:
+        """What `continuity` is to judge by."""
+        return Sighting(tuple(node.primary for node in self.nodes))
 
     @property
     def server(self) -> str:
@@ -124,7 +116,9 @@ class Identity:
     def check(self, node: Node) -> None:
         """Raise SourceChanged unless `node` is one of these primaries, untouched since."""
         for earlier in self.nodes:
-            if earlier.run_id == node.run_id:
+            if earlier.run_id == node.run_id and (
+                earlier.run_id or earlier.address == node.address
+            ):
                 # Whichever connection it was asked over.
                 replace(earlier, client=node.client).check_same(node)
                 return
@@ -210,21 +204,20 @@ async def describe(connection: Connection, *, clustered: bool) -> Node:
     _check_role(address, info)
     stats = _parse_info(connection.check(replies[1], b"INFO"))
     nodes = connection.check(replies[4], b"CLUSTER|NODES") if clustered else b""
-    slots, epoch, moving = _parse_nodes(nodes)
+    slots, epoch, moving, name = _parse_nodes(nodes)
+    dbsize = connection.check(replies[3], b"DBSIZE")
     return Node(
         address=address,
-        run_id=info.get("run_id", ""),
-        history=info.get("master_replid", ""),
-        swaps=stats.get("cmdstat_swapdb", "").partition(",")[0],
-        flushes=_calls(stats, "flushall") + _calls(stats, "flushdb"),
-        loaded=_most_loaded(info),
+        primary=read_primary(
+            str(address), connection.database, dbsize, info=info, stats=stats, node=name
+        ),
         slots=slots,
         epoch=epoch,
         moving=moving,
         client=_parse_client(replies[2]),
         server="valkey" if "valkey_version" in info else "redis",
         version=info.get("valkey_version") or info.get("redis_version", ""),
-        dbsize=connection.check(replies[3], b"DBSIZE"),
+        dbsize=dbsize,
         info=info,
     )
 
@@ -350,20 +343,6 @@ def _parse_info(text: bytes) -> dict[str, str]:
     return {name: value for name, colon, value in lines if colon}
 
 
-def _most_loaded(info: dict[str, str]) -> int | None:
-    loaded = info.get("rdb_last_load_keys_loaded")
-    if loaded is None:
-        return None
-    # Not counted is what an append-only file holds: it grows by no more than comes in since.
-    logged = int(info.get("aof_current_size", 0)) - int(info.get("total_net_input_bytes", 0))
-    return max(int(loaded), logged // _LEAST_SET_BYTES)
-
-
-def _calls(stats: dict[str, str], command: str) -> int:
-    calls = stats.get(f"cmdstat_{command}", "").partition(",")[0]
-    return int(calls.partition("=")[2] or 0)
-
-
 def _parse_client(reply: Any) -> str | None:
     if isinstance(reply, hiredis.ReplyError):
         return None
@@ -371,20 +350,21 @@ def _parse_client(reply: Any) -> str | None:
     return f"{words.get(b'id', b'').decode()} {words.get(b'db', b'').decode()}"
 
 
-def _parse_nodes(text: bytes) -> tuple[tuple[str, ...], str, bool]:
-    """Each primary's id and slots; our own configuration epoch; whether slots come or go here.
+def _parse_nodes(text: bytes) -> tuple[tuple[str, ...], str, bool, str | None]:
+    """Each primary's id and slots; of the node that was asked its configuration epoch, whether
+    slots come or go there, and its id.
 
     https://redis.io/docs/latest/commands/cluster-nodes/
     """
-    slots, epoch, moving = [], "", False
+    slots, epoch, moving, own = [], "", False, None
     for line in text.decode(errors="replace").splitlines():
         name, _, flags, _, _, _, age, _, *ranges = line.split()
         if "myself" in flags:
-            epoch, moving = age, any(found.startswith("[") for found in ranges)
+            epoch, moving, own = age, any(found.startswith("[") for found in ranges), name
         settled = [found for found in ranges if not found.startswith("[")]
         if settled:
             slots.append(" ".join((name, *settled)))
-    return tuple(sorted(slots)), epoch, moving
+    return tuple(sorted(slots)), epoch, moving, own
 
 
 def key_slot(key: bytes) -> int:

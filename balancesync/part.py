@@ -9,8 +9,9 @@ import structlog
 
 from balancesync.apply import Applied
 from balancesync.config import GuardConfig
+from balancesync.continuity import Doubt
 from balancesync.mapping import Mapping
-from balancesync.model import Baseline, Counts, Judgement, Met, Observed, Reject, exceeds, guard
+from balancesync.model import Baseline, Counts, Judgement, Observed, Reject, guard
 from balancesync.nodes import Identity
 from balancesync.reading import Reading
 from balancesync.records import Remembered
@@ -19,6 +20,10 @@ from balancesync.target import Diff, Writer
 from balancesync.values import show
 
 _LOGGED_REJECTS: Final = 100
+# Where Redis can't tell a loss from plain changes.
+WAYS_OUT: Final = (
+    "if that many change between two syncs, sync more often, follow live, or raise guard.max_loss"
+)
 
 log = structlog.get_logger("balancesync")
 
@@ -84,9 +89,21 @@ class Part:
         return counts
 
     async def judge(
-        self, remembered: Remembered, limits: GuardConfig, suspicion: str | None
+        self,
+        remembered: Remembered,
+        limits: GuardConfig,
+        doubt: Doubt | None,
+        *,
+        standing: bool | None = None,
     ) -> Judgement:
-        """What the guard says to this diff; `suspicion` is why Redis may have been empty."""
+        """What the guard says to this diff.
+
+        Args:
+            remembered: what it knows of the mapping.
+            limits: as configured.
+            doubt: why Redis may have been empty.
+            standing: whether a refusal stands; by default if there is one.
+        """
         baseline = remembered.baseline
         if baseline is not None and baseline.pruned:
             away = baseline.pruned - await self.writer.count_pruned_back()
@@ -99,15 +116,20 @@ class Part:
             deletable=self.diff.deleted.rows,
             target_rows=self.diff.target_rows,
         )
-        return guard(
+        judged = guard(
             self.mapping.name,
             seen,
             baseline,
-            standing=remembered.refusal is not None,
-            suspicion=suspicion,
+            standing=remembered.refusal is not None if standing is None else standing,
+            suspicion=None if doubt is None else doubt.sentence,
             max_loss=limits.max_loss,
             max_change=limits.max_change,
         )
+        refusal = judged.refusal
+        if refusal is None or refusal.kind != "loss" or doubt is None or not doubt.is_blind:
+            return judged
+        reason = f"{refusal.reason}; {WAYS_OUT}"
+        return replace(judged, refusal=replace(refusal, reason=reason))
 
     def _known(self, baseline: Baseline | None) -> Baseline | None:
         """What the guard judges by. Of a table of our own nothing is in Redis by chance: where no
@@ -124,31 +146,6 @@ class Part:
     def baseline(self) -> Baseline:
         """What the guard is to remember after a success."""
         return Baseline(present=self.present, absent=self.diff.absent - self.applied.deleted)
-
-
-def suspicion(
-    met: Met | None, now: Met, loaded: int | None, known: int, max_loss: float
-) -> str | None:
-    """Why the Redis that was `met` at the last success may have been empty since; None: it wasn't.
-
-    `loaded` are the keys that the one of `now` came with at the most, None if it doesn't say;
-    `known` are those that it would have to come with if it was restarted.
-    """
-    since = "since the last success"
-    if met is None:
-        return None
-    if met.run_id == now.run_id:
-        # Back at none, they were forgotten by CONFIG RESETSTAT.
-        emptied = now.flushes not in (0, met.flushes)
-        return f"Redis was emptied by FLUSHALL or FLUSHDB {since}" if emptied else None
-    if now.flushes:
-        emptied_then = "and emptied by FLUSHALL or FLUSHDB since its start"
-        return f"Redis was restarted or replaced {since}, {emptied_then}"
-    if loaded is None:
-        return f"Redis was restarted or replaced {since}"
-    if exceeds(known - loaded, max_loss, known):
-        return f"Redis was restarted or replaced {since}, with {loaded:,} keys"
-    return None
 
 
 def reading_of(mapping: Mapping) -> Reading:

@@ -4,6 +4,7 @@ Dry run and verify are the same attempt stopped after diff.
 """
 
 from collections.abc import Callable, Sequence
+from collections.abc import Mapping as Dictionary
 from dataclasses import replace
 from datetime import datetime
 from typing import Final
@@ -11,13 +12,14 @@ from typing import Final
 from balancesync import table as tables
 from balancesync.apply import Applied, Applier
 from balancesync.attempt import Attempt, Work
+from balancesync.continuity import Sighting
 from balancesync.errors import MappingFailed, Refused, RunFailed, TargetMismatch
 from balancesync.history import History
 from balancesync.mapping import Mapping
-from balancesync.model import WOULD_BE_REFUSED, Met, Refusal, Stamp, exceeds
+from balancesync.model import WOULD_BE_REFUSED, Refusal, Stamp, exceeds
 from balancesync.nodes import Identity
-from balancesync.part import Part, Progress, RejectLog, reading_of, scan, suspicion
-from balancesync.records import Remembered
+from balancesync.part import Part, Progress, RejectLog, reading_of, scan
+from balancesync.records import Remembered, elsewhere
 from balancesync.report import describe, reread, spare_present
 from balancesync.session import Session
 from balancesync.target import Span, Writer
@@ -54,7 +56,7 @@ class Pipeline(Attempt):
             await self._forget_changes(session)
         else:
             await self._report(session, parts)
-        await self._conclude(session, parts, identity.met, close)
+        await self._conclude(session, parts, close)
 
     async def _read(self, session: Session, parts: list[Part], identity: Identity) -> None:
         """Scan, stage and diff; a mapping that can't be read as a whole leaves `parts`."""
@@ -139,19 +141,20 @@ class Pipeline(Attempt):
     async def _judge(self, session: Session, parts: Sequence[Part]) -> None:
         """Ask the guard about every mapping; raises Refused unless losses are accepted."""
         known = await self._records.remembered(session.connection) if self.recorded else {}
-        # Asked again: it may have been emptied during the run.
-        redis = await self._source.identity()
-        # All fields of a big hash are one key.
-        keys = sum(
-            min(known[config.name].known, 1) if config.member else known[config.name].known
-            for config in self._config.mapping
-            if config.name in known
-        )
+        # It may have been emptied during the run.
+        now = await self._look_again(session)
+        self._seen = self._seen.ended(now)
         refusals, limits = [], self._config.guard
         for part in parts:
             remembered = known.get(part.mapping.name, Remembered())
-            doubt = suspicion(remembered.met, redis.met, redis.loaded, keys, limits.max_loss)
-            judged = await part.judge(remembered, limits, doubt)
+            here = now.of_keys(part.mapping.config.full_key)
+            # A big hash is one key among others: the one that is lacking may be just that.
+            lacking = 0 if part.mapping.config.member else limits.max_loss
+            doubt = remembered.continuity(here, lacking).doubt
+            stands = remembered.refuses(here)
+            if remembered.refusal is not None and not stands:
+                self._warn(elsewhere(part.mapping.name, remembered.refusal))
+            judged = await part.judge(remembered, limits, doubt, standing=stands)
             if judged.refusal:
                 refusals.append(judged.refusal)
             elif not part.present:
@@ -172,14 +175,26 @@ class Pipeline(Attempt):
             self._tally(parts, complete=False)
             for refusal in refusals:
                 if refusal.kind == "loss":
-                    await self._records.save_refusal(
-                        session.connection, refusal.mapping, refusal.reason
-                    )
+                    await self._save_refusal(session, refusal, known, now)
             raise Refused(
                 "; ".join(sentences) + ". Nothing was written: bring the keys back, as by"
                 " `balancesync restore` (--overwrite for those that came back changed), or run"
                 " `balancesync sync --accept-loss` if this is as it should be"
             )
+
+    async def _save_refusal(
+        self,
+        session: Session,
+        refusal: Refusal,
+        known: Dictionary[str, Remembered],
+        now: Sighting,
+    ) -> None:
+        name = refusal.mapping
+        key = next(each.full_key for each in self._config.mapping if each.name == name)
+        before = known.get(name, Remembered())
+        await self._records.save_refusal(
+            session.connection, name, refusal.reason, before, now.of_keys(key)
+        )
 
     async def _judge_size(self, parts: Sequence[Part]) -> list[Refusal]:
         sizes = await self._source.dbsize()
@@ -229,7 +244,7 @@ class Pipeline(Attempt):
         part.diff.deleted.rows -= spared
 
     async def _conclude(
-        self, session: Session, parts: Sequence[Part], met: Met, close: Callable[[], None]
+        self, session: Session, parts: Sequence[Part], close: Callable[[], None]
     ) -> None:
         """Record the outcome; of an apply run with its rejects and what the guard must remember,
         all in one transaction. Raises RunFailed if what was applied is no success."""
@@ -241,14 +256,12 @@ class Pipeline(Attempt):
         if self.recorded:
             async with session.transaction():
                 if self._writes:
-                    await self._remember(session, parts, met, success=not problem)
+                    await self._remember(session, parts, success=not problem)
                 await self._records.save(connection, run)
         if problem:
             raise RunFailed(problem)
 
-    async def _remember(
-        self, session: Session, parts: Sequence[Part], met: Met, *, success: bool
-    ) -> None:
+    async def _remember(self, session: Session, parts: Sequence[Part], *, success: bool) -> None:
         run, connection = self._run, session.connection
         names = [part.mapping.name for part in parts]
         at = await session.clock()
@@ -258,7 +271,11 @@ class Pipeline(Attempt):
         await self._records.forget_old(connection, run.id)
         if success and (run.full or self._request.accept_loss):
             baselines = {part.mapping.name: part.baseline for part in parts}
-            await self._records.save_baselines(connection, baselines, met)
+            seen = {
+                part.mapping.name: self._seen.of_keys(part.mapping.config.full_key)
+                for part in parts
+            }
+            await self._records.save_baselines(connection, baselines, seen)
         if success and configured is not None:
             await self._records.lift_refusals_but(connection, configured)
 
@@ -279,11 +296,11 @@ class Pipeline(Attempt):
             found, writer = part.would_apply, part.writer
             if self._request.mode == "verify":
                 self._on_progress(Progress("compare", part.mapping.name))
-                writer, found = await self._look_again(session, part, number)
+                writer, found = await self._compare_again(session, part, number)
             self.reports.append(await describe(writer))
             self._run.mappings[part.mapping.name] = part.tally(found, Applied(), complete=True)
 
-    async def _look_again(
+    async def _compare_again(
         self, session: Session, part: Part, number: int
     ) -> tuple[Writer, Applied]:
         """What differs however often one looks; live mode is given time to bring over the rest."""

@@ -44,7 +44,7 @@ class Prune(Backward):
         self._check_config(config)
         require_synced_at(config, table)
         if self._writes:
-            await self._check_state(session, config.name)
+            await self._check_state(session, config)
         edge = await session.clock() - timedelta(seconds=self._request.idle_s)
         column = f"t.{quote(config.synced_at)}"
         if table.columns[config.synced_at].type == "timestamp without time zone":
@@ -70,14 +70,16 @@ class Prune(Backward):
                 " others with --mapping"
             )
 
-    async def _check_state(self, session: Session, mapping: str) -> None:
+    async def _check_state(self, session: Session, config: MappingConfig) -> None:
+        mapping = config.name
         known = (await self._records.remembered(session.connection)).get(mapping)
         if known is None or known.baseline is None:
             raise RunFailed(
                 f'mapping "{mapping}": no sync of all mappings has succeeded yet, so a loss could'
                 " not be told from what is pruned; run `balancesync sync`"
             )
-        if known.refusal is not None:
+        now = (await self._look_again(session)).of_keys(config.full_key)
+        if known.refuses(now):
             raise Refused(
                 f'mapping "{mapping}": the guard refuses it: {known.refusal}. See `balancesync'
                 " status`"

@@ -2,13 +2,20 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any, Final
 from uuid import UUID
 
+from balancesync.continuity import (
+    Continuity,
+    Place,
+    Sighting,
+    judge_by_count,
+    judge_continuity,
+)
 from balancesync.database import NO_LIMIT, Connection, Database, load_sql, lock_key
-from balancesync.model import Baseline, Counts, Job, Known, Met, Run
+from balancesync.model import Baseline, Counts, Job, Known, Run
 from balancesync.times import short_time_text
 
 # An advisory lock of 64 bits shows in pg_locks as two halves:
@@ -29,18 +36,45 @@ _OTHER_REDIS: Final = (
 class Remembered:
     """What the guard remembers of a mapping; `baseline` is None before a first success.
 
-    `met` is the Redis whose keys it knows, None if an older program wrote it down.
+    `seen` is the Redis whose keys it knows, None if an older program made the last success; then
+    `run_id` and `flushes` are what that one kept, if anything. `places` are where the refusal was
+    met, None if nobody knows.
     """
 
     baseline: Baseline | None = None
     refusal: str | None = None
     refused_at: datetime | None = None
-    met: Met | None = None
+    seen: Sighting | None = None
+    run_id: str | None = None
+    flushes: int | None = None
+    places: tuple[Place, ...] | None = None
 
     @property
     def known(self) -> int:
         """The keys that can be lost."""
         return self.baseline.present - self.baseline.pruned if self.baseline else 0
+
+    def continuity(self, now: Sighting, max_loss: float) -> Continuity:
+        """Whether Redis was certainly not empty since the last success; see `continuity`."""
+        if self.baseline is None:
+            return Continuity()
+        if self.seen is None:
+            return judge_by_count(self.run_id, self.flushes, now)
+        return judge_continuity(self.seen, now, max_loss)
+
+    def refuses(self, now: Sighting | None) -> bool:
+        """Whether a refusal stands on the Redis that is seen `now`, None: it doesn't answer.
+
+        It doesn't on the one of the last success, never started anew, if it was met on another.
+        """
+        if self.refusal is None:
+            return False
+        if now is None or self.seen is None or self.places is None:
+            return True
+        found = judge_continuity(self.seen, now, 0)
+        if found.doubt is not None or not found.is_unbroken:
+            return True
+        return any(place.has(now) for place in self.places)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,19 +195,19 @@ class Records:
         known.full_success = None if success is None else success["id"]
         return known
 
-    async def meet(self, connection: Connection | None, run: Run, run_id: str) -> None:
+    async def meet(self, connection: Connection | None, run: Run, run_id: str | None) -> None:
         """Keep in `run` which Redis it has met; it warns if the last one that applied met another.
 
         Args:
             connection: to ask for the run before; None if nothing is recorded yet.
             run: the one under way, maybe of several attempts.
-            run_id: of Redis, new with each start of the server.
+            run_id: of Redis, new with each start of the server; None if it doesn't say.
         """
         before = run.redis_run_id
         if before is None and connection is not None:
             before = await connection.fetchval(self._sql["last_redis"], run.id)
         run.redis_run_id = run_id
-        if before not in (None, run_id) and _OTHER_REDIS not in run.warnings:
+        if None not in (before, run_id) and before != run_id and _OTHER_REDIS not in run.warnings:
             run.warnings.append(_OTHER_REDIS)
 
     async def unfinished_restore(self, connection: Connection, mapping: str) -> bool:
@@ -255,25 +289,72 @@ class Records:
         found = {}
         for row in await connection.fetch(self._sql["baselines"]):
             known = row["present"] is not None
-            baseline = Baseline(row["present"], row["absent"], row["pruned"]) if known else None
-            flushes = row["redis_flushes"]
-            met = None if flushes is None else Met(row["redis_run_id"], flushes)
-            found[row["mapping"]] = Remembered(baseline, row["refusal"], row["refused_at"], met)
+            places = row["places"] and [Place.load(each) for each in json.loads(row["places"])]
+            found[row["mapping"]] = Remembered(
+                Baseline(row["present"], row["absent"], row["pruned"]) if known else None,
+                row["refusal"],
+                row["refused_at"],
+                row["seen"] and Sighting.load(json.loads(row["seen"])),
+                row["redis_run_id"],
+                row["redis_flushes"],
+                None if places is None else tuple(places),
+            )
         return found
 
+    async def moment(self, connection: Connection) -> tuple[int, float]:
+        """PostgreSQL's count of transactions, which only grows, and its clock in seconds."""
+        (row,) = await connection.fetch(self._sql["moment"])
+        return row["moment"], row["at"]
+
     async def save_baselines(
-        self, connection: Connection, baselines: Mapping[str, Baseline], met: Met
+        self,
+        connection: Connection,
+        baselines: Mapping[str, Baseline],
+        seen: Mapping[str, Sighting],
     ) -> None:
-        """Remember a success; a refusal of these mappings is lifted."""
+        """Remember a success, by mapping; a refusal of these mappings is lifted."""
         sql = self._sql["save_baseline"]
-        for mapping, seen in baselines.items():
-            known = (seen.present, seen.absent, met.run_id, met.flushes)
-            await connection.execute(sql, mapping, *known)
+        for mapping, found in baselines.items():
+            redis = _columns(seen[mapping])
+            await connection.execute(sql, mapping, found.present, found.absent, *redis)
             await connection.execute(self._sql["forget_pruned"], mapping, timeout=NO_LIMIT)
 
-    async def save_refusal(self, connection: Connection, mapping: str, reason: str) -> None:
-        """Remember that the guard refused; it stands until a success or a restore."""
-        await connection.execute(self._sql["save_refusal"], mapping, reason)
+    async def renew(
+        self, connection: Connection, mapping: str, before: Remembered, now: Sighting
+    ) -> None:
+        """Remember that until `now` Redis wasn't empty, unless a success came in between.
+
+        A refusal that was met on the Redis that it has followed moves with it.
+        """
+        if before.seen is None:
+            return
+        old = json.dumps(before.seen.dump())
+        changed = await connection.execute(self._sql["renew"], mapping, *_columns(now), old)
+        places = before.places or ()
+        if changed == "UPDATE 1" and any(place.has(before.seen) for place in places):
+            await self._save_places(connection, mapping, places, now)
+
+    async def save_refusal(
+        self, connection: Connection, mapping: str, reason: str, before: Remembered, now: Sighting
+    ) -> None:
+        """Remember that the guard refused `now`; it stands until a success or a restore.
+
+        One that was met on another Redis than that of the last success replaces none.
+        """
+        places = before.places or ()
+        is_ours = before.seen is not None and Place.of(before.seen).has(now)
+        replaces = before.refusal is None or is_ours or any(place.has(now) for place in places)
+        await connection.execute(self._sql["save_refusal"], mapping, reason if replaces else None)
+        # Of one that an older program met nobody knows where, and so it stands everywhere.
+        if before.refusal is None or before.places is not None:
+            await self._save_places(connection, mapping, places, now)
+
+    async def _save_places(
+        self, connection: Connection, mapping: str, places: Sequence[Place], now: Sighting
+    ) -> None:
+        known = (*places, Place.of(now))
+        found = json.dumps([asdict(place) for place in dict.fromkeys(known)])
+        await connection.execute(self._sql["save_places"], mapping, found)
 
     async def record_pruned(
         self, connection: Connection, mapping: str, run: UUID, keys: Sequence[tuple[str, ...]]
@@ -310,11 +391,11 @@ class Records:
         await connection.execute(self._sql["lift_refusals_but"], list(mappings))
 
     async def remember_restored(
-        self, connection: Connection, mapping: str, keys: int, met: Met
+        self, connection: Connection, mapping: str, keys: int, seen: Sighting
     ) -> None:
         """Remember that so many `keys` are in Redis again: the guard is to miss them."""
         sql = self._sql["remember_restored"]
-        await connection.execute(sql, mapping, keys, met.run_id, met.flushes)
+        await connection.execute(sql, mapping, keys, *_columns(seen))
         await connection.execute(self._sql["forget_pruned"], mapping, timeout=NO_LIMIT)
 
     async def forget_old(self, connection: Connection, keep: UUID | None) -> None:
@@ -322,6 +403,20 @@ class Records:
         days = self._database.config.keep_runs_days
         await connection.execute(self._sql["forget_runs"], days, keep or UUID(int=0))
         await connection.execute(self._sql["forget_rejects"], days)
+
+
+def elsewhere(mapping: str, refusal: str) -> str:
+    """What is said of a refusal that was met on another Redis than the one that is read now."""
+    return (
+        f'mapping "{mapping}": a sync was refused on another Redis, database or key template than'
+        f" this one, which the last success read: {refusal}. It doesn't hold here; are redis.url"
+        " and the key template right wherever balancesync is configured?"
+    )
+
+
+def _columns(seen: Sighting) -> tuple[str | None, int | None, str]:
+    # The first two are what 0.1.0 reads and writes.
+    return seen.run_id, seen.flushes, json.dumps(seen.dump())
 
 
 def _run(fields: dict[str, Any]) -> Run:

@@ -14,6 +14,7 @@ from typing import Final, cast
 from balancesync.apply import Applied
 from balancesync.backward import Backward, require_synced_at
 from balancesync.config import MappingConfig
+from balancesync.continuity import Sighting, judge_continuity
 from balancesync.errors import SourceChanged
 from balancesync.history import History
 from balancesync.model import RawValue, exceeds
@@ -169,17 +170,26 @@ class Restore(Backward):
 
     async def _judge(self, session: Session, parts: Sequence[Part]) -> str:
         known = await self._records.remembered(session.connection) if self.recorded else {}
-        kept = self._kept(parts, refused=any(each.refusal for each in known.values()))
+        now = await self._look_again(session)
+        refused = [
+            known[config.name].refuses(now.of_keys(config.full_key))
+            for config in self._config.mapping
+            if config.name in known
+        ]
+        kept = self._kept(parts, refused=any(refused))
         if not self._writes:
             if kept:
                 self._warn(kept)
             return ""
-        await self._check_whole(parts)
+        await self._check_whole(parts, now)
         return kept
 
-    async def _check_whole(self, parts: Sequence[Part]) -> None:
+    async def _check_whole(self, parts: Sequence[Part], now: Sighting) -> None:
         """Raise SourceChanged if what was put into Redis has gone meanwhile, as by FLUSHALL."""
-        if (await self._source.identity()).met != self.identity.met:
+        found = judge_continuity(self._seen, now, 0)
+        if found.doubt is not None and found.doubt.is_blind:
+            await self._prove_whole(parts)
+        elif found.doubt is not None or not found.is_unbroken:
             raise SourceChanged("Redis was emptied by FLUSHALL or FLUSHDB, or restarted, meanwhile")
         counts = [part.counts for part in parts if not part.reading.member_key]
         put = sum(each.inserted + each.updated + each.unchanged + each.kept for each in counts)
@@ -189,8 +199,33 @@ class Restore(Backward):
                 f"Redis fell to {there:,} keys while {put:,} were restored: it is emptied by others"
             )
 
+    async def _prove_whole(self, parts: Sequence[Part]) -> None:
+        """Read all again, where Redis doesn't tell whether it was emptied; raises SourceChanged."""
+        lost = put = kept = 0
+        for part in parts:
+            counts, again = part.counts, Part(part.mapping, part.rows)
+            put += counts.inserted + counts.updated + counts.unchanged
+            kept += counts.kept
+            progress = Progress("compare", part.mapping.name, 0, await part.rows.put_aside())
+            async with aclosing(part.rows.pages()) as pages:
+                async for page in pages:
+                    wanted = again.want(page)
+                    batch = await self._source.fetch(part.reading, wanted.keys)
+                    found = self._compare(again, wanted, batch.values)
+                    lost += len(found.missing) + len(found.kept) + len(found.differing)
+                    progress.done = again.counts.scanned
+                    self._on_progress(progress)
+        # Those that were left as they are differ still.
+        lost -= min(lost, kept)
+        if exceeds(lost, self._config.guard.max_loss, put):
+            raise SourceChanged(
+                f"{lost:,} of {put:,} restored records are gone or changed: Redis, which doesn't"
+                " tell whether it was emptied, may have been"
+            )
+
     async def _remember(self, session: Session, parts: Sequence[Part]) -> None:
         connection, whole = session.connection, []
+        self._seen = self._seen.ended(await self._look_again(session))
         known = await self._records.remembered(connection)
         for part in parts:
             name, counts = part.mapping.name, part.counts
@@ -199,7 +234,8 @@ class Restore(Backward):
             # As they were at some moment, they may be but some of those that are known.
             if self._request.as_of is None or before.baseline is None or put >= before.known:
                 whole.append(name)
-                await self._records.remember_restored(connection, name, put, self.identity.met)
+                seen = self._seen.of_keys(part.mapping.config.full_key)
+                await self._records.remember_restored(connection, name, put, seen)
             elif before.refusal is not None:
                 self._warn(
                     f'mapping "{name}": {put:,} of {before.known:,} known keys are back, so the'

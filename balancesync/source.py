@@ -266,8 +266,9 @@ class Source:
                     primaries[address] = await self._connect(address, stack)
                 before = [primary.node for primary in primaries.values()]
                 check_settled(before, whole=reading.member_key is None)
-                if identity and not identity.run_ids.issuperset(node.run_id for node in before):
-                    raise SourceChanged(f"Redis at {before[0].address} was restarted")
+                if identity:
+                    for node in before:
+                        identity.check(node)
                 for primary in primaries.values():
                     await primary.connection.measure()
                 yield layout, primaries

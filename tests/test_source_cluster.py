@@ -137,7 +137,7 @@ async def test_every_primary_is_read(cluster: Cluster) -> None:
         assert await read(source, BALANCES) == expected
         identity = await source.identity()
         run_ids = {client.info()["run_id"] for client in cluster.clients}
-        assert set(identity.run_id.split(",")) == identity.run_ids == run_ids
+        assert set((identity.run_id or "").split(",")) == identity.run_ids == run_ids
         assert identity.dbsize == 5_001
         assert await source.dbsize() == {
             f"127.0.0.1:{server.port}": client.dbsize()

@@ -125,35 +125,56 @@ DELETE FROM {schema}.rejects WHERE (mapping, key_hash) IN (
     WHERE healed_at < now() - make_interval(days => $1) LIMIT 10000);
 
 -- name: baselines
-SELECT mapping, present, absent, pruned, refusal, refused_at, redis_run_id, redis_flushes
+SELECT mapping, present, absent, pruned, refusal, refused_at, redis_run_id, redis_flushes,
+    CASE WHEN redis_seen ->> 'run_id' IS NOT DISTINCT FROM redis_run_id
+        AND (redis_seen ->> 'flushes')::bigint IS NOT DISTINCT FROM redis_flushes
+    THEN redis_seen -> 'seen' END::text AS seen,
+    CASE WHEN refused_on ->> 'refusal' = refusal AND (refused_on ->> 'at')::timestamptz = refused_at
+    THEN refused_on -> 'places' END::text AS places
 FROM {schema}.baselines;
 
+-- name: moment
+-- The count of transactions never goes back, as a clock may; asking so makes this one count.
+SELECT txid_current() AS moment, extract(epoch FROM clock_timestamp())::float8 AS at;
+
 -- name: save_baseline
-INSERT INTO {schema}.baselines AS b (mapping, present, absent, redis_run_id, redis_flushes)
-VALUES ($1, $2, $3, $4, $5)
+INSERT INTO {schema}.baselines AS b (mapping, present, absent, redis_run_id, redis_flushes, redis_seen)
+VALUES ($1, $2, $3, $4, $5, jsonb_build_object('run_id', $4::text, 'flushes', $5::bigint, 'seen', $6::jsonb))
 ON CONFLICT (mapping) DO UPDATE SET present = EXCLUDED.present, absent = EXCLUDED.absent,
     redis_run_id = EXCLUDED.redis_run_id, redis_flushes = EXCLUDED.redis_flushes,
-    pruned = 0, refusal = NULL, refused_at = NULL;
+    redis_seen = EXCLUDED.redis_seen, pruned = 0, refusal = NULL, refused_at = NULL, refused_on = NULL;
 
 -- name: save_refusal
+-- $2: the reason, NULL if the one that is there is kept.
 INSERT INTO {schema}.baselines AS b (mapping, refusal, refused_at) VALUES ($1, $2, clock_timestamp())
-ON CONFLICT (mapping) DO UPDATE SET refusal = EXCLUDED.refusal,
+ON CONFLICT (mapping) DO UPDATE SET refusal = coalesce(EXCLUDED.refusal, b.refusal),
     refused_at = coalesce(b.refused_at, EXCLUDED.refused_at);
 
+-- name: save_places
+UPDATE {schema}.baselines SET refused_on = jsonb_build_object('refusal', refusal, 'at', refused_at,
+    'places', $2::jsonb)
+WHERE mapping = $1 AND refusal IS NOT NULL;
+
 -- name: lift_refusals
-UPDATE {schema}.baselines SET refusal = NULL, refused_at = NULL
+UPDATE {schema}.baselines SET refusal = NULL, refused_at = NULL, refused_on = NULL
 WHERE mapping = ANY($1::text[]) AND refusal IS NOT NULL;
 
 -- name: lift_refusals_but
-UPDATE {schema}.baselines SET refusal = NULL, refused_at = NULL
+UPDATE {schema}.baselines SET refusal = NULL, refused_at = NULL, refused_on = NULL
 WHERE mapping <> ALL($1::text[]) AND refusal IS NOT NULL;
 
 -- name: remember_restored
 -- Keys that were absent at the last success are known from now on, too.
 UPDATE {schema}.baselines SET present = greatest(present, $2),
     absent = greatest(absent - greatest($2 - present, 0), 0), pruned = 0,
-    redis_run_id = $3, redis_flushes = $4
+    redis_run_id = $3, redis_flushes = $4,
+    redis_seen = jsonb_build_object('run_id', $3::text, 'flushes', $4::bigint, 'seen', $5::jsonb)
 WHERE mapping = $1 AND present IS NOT NULL;
+
+-- name: renew
+UPDATE {schema}.baselines SET redis_run_id = $2, redis_flushes = $3,
+    redis_seen = jsonb_build_object('run_id', $2::text, 'flushes', $3::bigint, 'seen', $4::jsonb)
+WHERE mapping = $1 AND redis_seen -> 'seen' = $5::jsonb;
 
 -- name: forget_pruned
 DELETE FROM {schema}.pruned WHERE mapping = $1;

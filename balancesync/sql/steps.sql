@@ -102,3 +102,10 @@ ALTER TABLE {schema}.baselines ADD COLUMN redis_run_id text;
 ALTER TABLE {schema}.baselines ADD COLUMN redis_flushes bigint;
 -- Each flush of live mode that deletes asks for a mapping's last restore, among the runs of a year.
 CREATE INDEX runs_restores ON {schema}.runs (recorded_at, id) WHERE job = 'restore' AND mode = 'apply';
+
+-- name: step_4
+-- What Redis said of itself at the last success, or at a later moment until which it certainly wasn't
+-- empty; and on which Redis the refusal was met. With both goes what a program of step 3 would write
+-- beside them: where that is another by now, they count no more.
+ALTER TABLE {schema}.baselines ADD COLUMN redis_seen jsonb;
+ALTER TABLE {schema}.baselines ADD COLUMN refused_on jsonb;
