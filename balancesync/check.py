@@ -11,11 +11,13 @@ from typing import Any, Final
 
 from balancesync import table as tables
 from balancesync.config import Config, MappingConfig
+from balancesync.continuity import Sighting
 from balancesync.database import Connection, Database, Steps, load_sql, quote
 from balancesync.errors import BalanceSyncError, SchemaTooNew, TargetMismatch, Unavailable
 from balancesync.findings import Finding, failure
 from balancesync.nodes import Facts
-from balancesync.records import Records
+from balancesync.overview import look_at_redis, split_refusals
+from balancesync.records import Records, elsewhere
 from balancesync.sampling import look_at_sample
 from balancesync.source import Source
 from balancesync.table import Table
@@ -35,6 +37,7 @@ async def check(config: Config, database: Database, source: Source) -> AsyncIter
         yield finding
     if redis:
         yield await _check_live(config, source)
+    seen = (await look_at_redis(config.redis, source))[1] if redis else None
     found: dict[str, Table] = {}
     try:
         connection = await database.connect()
@@ -42,7 +45,7 @@ async def check(config: Config, database: Database, source: Source) -> AsyncIter
         yield failure("postgres", error)
     else:
         try:
-            async for finding in _check_postgres(config, database, connection):
+            async for finding in _check_postgres(config, database, connection, seen):
                 yield finding
             async for finding in _check_tables(config, database, connection, found):
                 yield finding
@@ -152,7 +155,7 @@ async def _check_live(config: Config, source: Source) -> Finding:
 
 
 async def _check_postgres(
-    config: Config, database: Database, connection: Connection
+    config: Config, database: Database, connection: Connection, seen: Sighting | None
 ) -> AsyncIterator[Finding]:
     with database.translated():
         version = str(await connection.fetchval("SHOW server_version")).split()[0]
@@ -174,7 +177,7 @@ async def _check_postgres(
             f"role {name} may make no temporary tables: GRANT TEMPORARY ON DATABASE ... TO {name}"
         )
         yield Finding("error", "postgres", text)
-    async for finding in _check_schema(config, database, connection):
+    async for finding in _check_schema(config, database, connection, seen):
         yield finding
     if not role["fsync"] or role["synchronous_commit"] == "off":
         setting = "synchronous_commit" if role["fsync"] else "fsync"
@@ -189,7 +192,7 @@ async def _ask_role(connection: Connection, schema: str) -> dict[str, Any]:
 
 
 async def _check_schema(
-    config: Config, database: Database, connection: Connection
+    config: Config, database: Database, connection: Connection, seen: Sighting | None
 ) -> AsyncIterator[Finding]:
     sql, schema = load_sql("overview"), config.postgres.schema
     with database.translated():
@@ -233,10 +236,12 @@ async def _check_schema(
     yield Finding("ok", "postgres", f"schema {schema} is up to date")
     with database.translated():
         known = await Records(database).remembered(connection)
-    for name, each in sorted(known.items()):
-        if each.refusal is not None:
-            text = f"the guard refuses to follow Redis: {each.refusal}"
-            yield Finding("warning", name, f"{text}; `balancesync status` has the ways out")
+    here, others = split_refusals(config, known, seen)
+    for each in here:
+        text = f"the guard refuses to follow Redis: {each['reason']}"
+        yield Finding("warning", each["mapping"], f"{text}; `balancesync status` has the ways out")
+    for each in others:
+        yield Finding("warning", each["mapping"], elsewhere(each["mapping"], each["reason"]))
 
 
 def _judge_older(schema: str, taken: int) -> Finding:

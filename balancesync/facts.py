@@ -6,9 +6,9 @@ it than a second: then the answer is the last that was read, with its age.
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from datetime import UTC, datetime
-from typing import Final, Literal
+from typing import Any, Final, Literal
 from uuid import UUID
 
 from balancesync import overview, urls
@@ -48,7 +48,7 @@ class Facts:
         self._events = events
         self._runner = runner
         self._schedule = schedule
-        self._records = Cache(database)
+        self._records = Cache(lambda: overview.read(database, config, state.seen))
         self.finished: OrderedDict[str, Document] = OrderedDict()
         self._begin()
 
@@ -247,8 +247,8 @@ class Facts:
 class Cache:
     """The last `overview.read`; `error` says why there's none newer."""
 
-    def __init__(self, database: Database) -> None:
-        self._database = database
+    def __init__(self, read: Callable[[], Coroutine[Any, Any, overview.Recorded]]) -> None:
+        self._ask = read
         self._reading: asyncio.Task[None] | None = None
         self.forget()
 
@@ -302,7 +302,7 @@ class Cache:
         happened = self._happened
         loop = asyncio.get_running_loop()
         try:
-            found = await overview.read(self._database)
+            found = await self._ask()
         except BalanceSyncError as error:
             self.error = error
         else:

@@ -205,7 +205,8 @@ class Run:
 class Known:
     """What PostgreSQL knows of the runs before: times in seconds since 1970, counts by mapping.
 
-    `full_success` is the last succeeded full apply run, whichever process made it.
+    `full_success` is the last succeeded full apply run, whichever process made it; `refused`
+    whether a refusal stands on the Redis that is read.
     """
 
     last_success: dict[str, float] = field(default_factory=dict)

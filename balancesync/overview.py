@@ -1,7 +1,7 @@
 """How things stand: the documents of `status`, `stats` and `health`, from both servers."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from time import perf_counter
@@ -10,12 +10,13 @@ from zoneinfo import ZoneInfo
 
 from balancesync import urls
 from balancesync.config import Config, RedisConfig, ScheduleConfig
+from balancesync.continuity import Sighting
 from balancesync.database import Connection, Database, Steps, load_sql, lock_key
 from balancesync.documents import Document, run_document
 from balancesync.errors import BalanceSyncError
 from balancesync.fires import longest_gap
 from balancesync.model import Run, exceeds
-from balancesync.records import Records
+from balancesync.records import Records, Remembered, elsewhere
 from balancesync.source import Source
 from balancesync.times import time_text
 
@@ -42,23 +43,30 @@ class Server:
 
 
 async def probe_redis(config: RedisConfig, source: Source) -> Server:
-    """Ask Redis who it is."""
+    """Ask Redis whether it answers, and how fast."""
+    return (await look_at_redis(config, source))[0]
+
+
+async def look_at_redis(config: RedisConfig, source: Source) -> tuple[Server, Sighting | None]:
+    """The same, and what it says of itself; None if it doesn't answer."""
     try:
         async with asyncio.timeout(_PROBE_S):
             identity = await source.identity()
             latency_s = await source.ping()
     except BalanceSyncError as error:
-        return Server(connected=False, error=str(error))
+        return Server(connected=False, error=str(error)), None
     except TimeoutError:
         tls = config.url.get_secret_value().startswith("rediss:")
         doubt = "; does it speak TLS?" if tls else ""
-        return Server(connected=False, error=f"Redis didn't answer in {_PROBE_S:g} s{doubt}")
-    return Server(
+        late = f"Redis didn't answer in {_PROBE_S:g} s{doubt}"
+        return Server(connected=False, error=late), None
+    server = Server(
         connected=True,
         address=identity.address,
         version=identity.version,
         latency_ms=round(latency_s * 1000, 3),
     )
+    return server, identity.sighting
 
 
 async def probe_postgres(database: Database) -> Server:
@@ -95,6 +103,7 @@ class Recorded:
     last: Run | None
     success: Run | None
     refusals: list[Document]
+    elsewhere: list[Document]
     rejects: dict[str, dict[str, int]]
     present: int
     writing: bool
@@ -107,8 +116,13 @@ class Recorded:
         return round(max((self.at - self.success.finished_at).total_seconds() + later_s, 0.0), 3)
 
 
-async def read(database: Database) -> Recorded:
+async def read(
+    database: Database, config: Config | None = None, now: Sighting | None = None
+) -> Recorded:
     """Ask PostgreSQL for all that `status` and `health` say of the runs.
+
+    What is refused on the Redis that is seen `now` are its `refusals`; what was refused on another
+    is `elsewhere`.
 
     Raises SchemaMissing, SchemaTooNew.
     """
@@ -119,16 +133,14 @@ async def read(database: Database) -> Recorded:
         # A flush of live mode isn't a run to those who ask what runs.
         runs = await records.runs(connection, limit=_SEARCHED_RUNS, live=False)
         known = await records.remembered(connection)
+        refusals, others = split_refusals(config, known, now)
         return Recorded(
             at=await connection.fetchval("SELECT clock_timestamp()"),
             current=next((run for run in runs if run.status == "running"), None),
             last=next((run for run in runs if run.status != "running"), None),
             success=await records.last_success(connection),
-            refusals=[
-                {"mapping": name, "reason": each.refusal, "refused_at": time_text(each.refused_at)}
-                for name, each in sorted(known.items())
-                if each.refusal is not None
-            ],
+            refusals=refusals,
+            elsewhere=others,
             rejects=await records.count_rejects(connection),
             present=sum(each.baseline.present for each in known.values() if each.baseline),
             writing=await connection.fetchval(load_sql("overview")["writer"], writer),
@@ -147,15 +159,31 @@ def _standing_drift(runs: Sequence[Run]) -> dict[str, int]:
     return {mapping: count for mapping, count in found.items() if count}
 
 
+def split_refusals(
+    config: Config | None, known: Mapping[str, Remembered], now: Sighting | None
+) -> tuple[list[Document], list[Document]]:
+    """The refusals that stand on this Redis, and those that were met on another."""
+    keys = {each.name: each.full_key for each in config.mapping} if config else {}
+    here: list[Document] = []
+    others: list[Document] = []
+    for name, each in sorted(known.items()):
+        seen = now.of_keys(keys[name]) if now is not None and name in keys else None
+        if each.refusal is not None:
+            at = time_text(each.refused_at)
+            found = here if each.refuses(seen) else others
+            found.append({"mapping": name, "reason": each.refusal, "refused_at": at})
+    return here, others
+
+
 async def status(config: Config, database: Database, source: Source) -> Document:
     """What runs, what ran, what the guard refuses, both servers, and how well all that is.
 
     Without PostgreSQL all but the servers is null. Raises SchemaMissing, SchemaTooNew.
     """
-    redis, postgres = await asyncio.gather(
-        probe_redis(config.redis, source), probe_postgres(database)
+    (redis, seen), postgres = await asyncio.gather(
+        look_at_redis(config.redis, source), probe_postgres(database)
     )
-    recorded = await read(database) if postgres.connected else None
+    recorded = await read(database, config, seen) if postgres.connected else None
     leader = await _ask_leader(database) if postgres.connected else None
     checks = server_checks(redis, postgres) | _checks(config, recorded)
     return status_document(redis, postgres, recorded) | {
@@ -186,6 +214,7 @@ def status_document(
         "last_success_age_s": None,
         "safe_until": None,
         "refusal": None,
+        "refused_elsewhere": None,
         "rejects": None,
         "not_found": None,
         "without_keys": None,
@@ -202,6 +231,7 @@ def status_document(
             # Each key was read after the run began: what was written until then is in PostgreSQL.
             "safe_until": time_text(success.started_at) if success else None,
             "refusal": recorded.refusals or None,
+            "refused_elsewhere": recorded.elsewhere or None,
             "rejects": recorded.rejects,
             "not_found": success.counts.not_found if success else None,
             "without_keys": _without_keys(success),
@@ -262,14 +292,14 @@ def planned_interval(schedule: ScheduleConfig, now: datetime) -> float:
 
 async def health(config: Config, database: Database, source: Source) -> Document:
     """Whether all is well, check by check: `healthy`, `degraded` or `unhealthy`."""
-    redis, postgres = await asyncio.gather(
-        probe_redis(config.redis, source), probe_postgres(database)
+    (redis, seen), postgres = await asyncio.gather(
+        look_at_redis(config.redis, source), probe_postgres(database)
     )
     checks = server_checks(redis, postgres)
     recorded = None
     if postgres.connected:
         try:
-            recorded = await database.within(_PROBE_S, read(database))
+            recorded = await database.within(_PROBE_S, read(database, config, seen))
         except BalanceSyncError as error:
             return health_document(checks | unknown_checks(str(error)))
     return health_document(checks | _checks(config, recorded))
@@ -333,9 +363,14 @@ def recorded_checks(
         "schema": check("ok", "up to date"),
         "lock": check("ok", "a writer is at work" if recorded.writing else "free"),
         "last_success": _success_check(recorded.success_age_s(later_s), overdue_s, waited_s),
-        "refusal": check("degraded", refused) if refused else check("ok", "none stands"),
+        "refusal": check("degraded", refused) if refused else check("ok", _elsewhere(recorded)),
         "rejects": _reject_check(config, recorded),
     }
+
+
+def _elsewhere(recorded: Recorded) -> str:
+    found = [elsewhere(each["mapping"], each["reason"]) for each in recorded.elsewhere]
+    return "; ".join(found) or "none stands"
 
 
 def unknown_checks(why: str) -> dict[str, Document]:

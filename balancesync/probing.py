@@ -12,12 +12,12 @@ from uuid import UUID
 import structlog
 
 from balancesync.config import Config, MappingConfig
-from balancesync.database import Database
+from balancesync.database import Connection, Database
 from balancesync.errors import BalanceSyncError
 from balancesync.mapping import Mapping
 from balancesync.metrics import Metrics
 from balancesync.model import Known, Request
-from balancesync.overview import Server, probe_postgres, probe_redis
+from balancesync.overview import Server, look_at_redis, probe_postgres, split_refusals
 from balancesync.part import reading_of
 from balancesync.records import Records
 from balancesync.runner import Publish, Runner
@@ -90,12 +90,13 @@ class Probing:
 
     async def probe(self) -> None:
         """Ask both servers once; tells of what changed."""
-        redis, postgres = await asyncio.gather(
-            probe_redis(self._config.redis, self._source), probe_postgres(self._database)
+        (redis, seen), postgres = await asyncio.gather(
+            look_at_redis(self._config.redis, self._source), probe_postgres(self._database)
         )
         self._tell("redis", self._state.redis, redis)
         self._tell("postgres", self._state.postgres, postgres)
         self._state.redis, self._state.postgres = redis, postgres
+        self._state.seen = seen or self._state.seen
 
     def take(self, kind: str, document: Dictionary[str, Any]) -> None:
         """Hear of an event: a run that ended changes what the metrics must know.
@@ -145,7 +146,7 @@ class Probing:
 
     async def _ask_postgres(self) -> None:
         # Before the first leader, and for whoever may not make it, there's no schema.
-        known = await self._database.ask(self._records.known, _ANSWER_S)
+        known = await self._database.ask(self._ask_known, _ANSWER_S)
         self._metrics.remember(known)
         before, self._known = self._known, known
         if before is None:
@@ -156,6 +157,12 @@ class Probing:
         lifted = before.refused and not known.refused
         if not is_own and (lifted or known.full_success != before.full_success):
             self.on_cleared()
+
+    async def _ask_known(self, connection: Connection) -> Known:
+        known = await self._records.known(connection)
+        remembered = await self._records.remembered(connection)
+        known.refused = bool(split_refusals(self._config, remembered, self._state.seen)[0])
+        return known
 
     def _remember_success(self, run: Dictionary[str, Any]) -> None:
         """A full success of this daemon is no news when PostgreSQL tells of it."""

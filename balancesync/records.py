@@ -189,8 +189,6 @@ class Records:
         verify = await connection.fetchval(self._sql["last_verify"])
         for run in await self.runs(connection, one=verify) if verify else ():
             known.drift = {name: counts.written for name, counts in run.mappings.items()}
-        remembered = await self.remembered(connection)
-        known.refused = any(each.refusal is not None for each in remembered.values())
         success = await connection.fetchrow(self._sql["last_success"])
         known.full_success = None if success is None else success["id"]
         return known

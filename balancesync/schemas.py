@@ -128,6 +128,7 @@ COMPONENTS: Final[dict[str, Schema]] = {
         safe_until=maybe(_TIME),
         next_run_at=maybe(_TIME),
         refusal=maybe(array(record(mapping=TEXT, reason=TEXT, refused_at=maybe(_TIME)))),
+        refused_elsewhere=maybe(array(record(mapping=TEXT, reason=TEXT, refused_at=maybe(_TIME)))),
         redis=ref("Server"),
         postgres=ref("Server"),
         live=one_of(Live),

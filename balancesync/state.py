@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Final, Literal
 
+from balancesync.continuity import Sighting
 from balancesync.documents import Document
 from balancesync.overview import Server
 
@@ -21,6 +22,8 @@ _BACKLOG: Final = 1000
 class State:
     """The daemon at a moment. `leader_name` is whoever leads; None if nobody is known to.
 
+    `seen` is what Redis last said of itself.
+
     Of live mode: why it is as it is, how many keys wait, when the last flush was, and how long its
     slowest change took, in seconds.
     """
@@ -33,6 +36,7 @@ class State:
     draining: bool = False
     redis: Server = field(default_factory=lambda: Server(connected=False, error=_NOT_ASKED))
     postgres: Server = field(default_factory=lambda: Server(connected=False, error=_NOT_ASKED))
+    seen: Sighting | None = None
     live: Live = "off"
     live_reason: str | None = None
     live_pending: int = 0
