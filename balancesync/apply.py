@@ -8,20 +8,17 @@ from typing import Final
 
 import asyncpg
 
-from balancesync.errors import RunFailed
+from balancesync.failures import is_of_a_row
 from balancesync.history import History
 from balancesync.model import Reject, Stamp
-from balancesync.target import Diff, Op, Span, Writer
+from balancesync.target import Diff, Op, Outcome, Slice, Span, Writer
 from balancesync.values import show
 
-_MAX_REFUSED_ROWS: Final = 1000
 _LOCK_ATTEMPTS: Final = 8
 _LOCK_PAUSE_S: Final = 0.1
 _DETAIL: Final = 200
-# Errors that no row is to blame for: connection, transaction, authorization, catalog, rollback,
-# resources, state, operator, system, bug. A trigger may raise whatever else it likes.
-# https://www.postgresql.org/docs/current/errcodes-appendix.html
-_NOT_OF_A_ROW: Final = frozenset(("08", "25", "28", "3D", "40", "53", "55", "57", "58", "XX"))
+# Rows that are written one by one: so many locks and subtransactions are held at a time.
+_SINGLY_ROWS: Final = 500
 
 
 @dataclass(slots=True)
@@ -50,26 +47,27 @@ class Applied:
 
 
 @dataclass(slots=True)
-class _Slice:
+class _Piece:
+    """A slice to be written, by one statement or, if that won't do, row by row (`singly`)."""
+
     op: Op
-    after: int
-    last: int
+    part: Slice
     attempts: int = 0
+    singly: bool = False
 
     @property
-    def rows(self) -> int:
-        return self.last - self.after
-
-    def halves(self) -> tuple["_Slice", "_Slice"]:
-        middle = (self.after + self.last) // 2
-        return _Slice(self.op, self.after, middle), _Slice(self.op, middle, self.last)
+    def width(self) -> int:
+        return self.part.last - self.part.after
 
 
 class Applier:
     """Applies one mapping's diff. `done` tells what is committed, also when `run` raises.
 
-    With `history` enabled each slice's changes are committed with it. `undeletable` are keys whose
-    rows the table didn't let go, and why, one line each.
+    With `history` enabled each slice's changes are committed with it. `warnings` are what there is
+    to say of rows that could not be deleted, and of those that the table altered.
+
+    What was asked for is held against what was written. A slice that comes to fewer rows, or that
+    the table refuses or alters, is written row by row: so it's known what became of each.
     """
 
     def __init__(
@@ -80,20 +78,50 @@ class Applier:
         self._history = history
         self._stamp = stamp
         self._between = between
-        self._queue: deque[_Slice] = deque()
-        self.undeletable: list[str] = []
-        self._refused_updates = 0
+        self._queue: deque[_Piece] = deque()
+        self._undeletable = 0
+        self._first_undeletable = ""
+        self._altered = 0
+        self._first_altered = ""
+
+    @property
+    def warnings(self) -> list[str]:
+        """What there is to say, one sentence each."""
+        found = []
+        if self._undeletable:
+            found.append(
+                f"{self._undeletable:,} rows whose keys are gone can't be deleted; the first is"
+                f" {self._first_undeletable}"
+            )
+        if self._altered:
+            found.append(
+                f"{self._altered:,} rows hold other values than Redis: {self._hooks} of the table"
+                f" {self._table} changed what was written; the first is {self._first_altered}."
+                " They are not written again until Redis, the row or the table changes"
+            )
+        return found
+
+    @property
+    def _table(self) -> str:
+        return self._writer.mapping.config.table
+
+    @property
+    def _hooks(self) -> str:
+        """The table's rules and triggers by name."""
+        hooks = self._writer.table.hooks
+        names = ", ".join(dict.fromkeys(f"{hook.kind} {hook.name}" for hook in hooks))
+        return names or "a rule or trigger"
 
     async def run(self, diff: Diff) -> None:
         """Apply inserts, updates and deletes; `between` is called before each slice, and may raise.
 
-        Raises Locked when rows stay locked by others, RunFailed when the table refuses too many.
+        Raises Locked when rows stay locked by others.
         """
         config = self._writer.mapping.config
         if config.mode == "upsert":
-            self._cut("i", diff.inserted)
-        self._cut("u", diff.updated)
-        self._cut("d", diff.deleted)
+            self._add("i", diff.inserted)
+        self._add("u", diff.updated)
+        self._add("d", diff.deleted)
         if self._queue or self._history.enabled:
             await self._writer.mark_history(self._history, self._stamp)
         await self._writer.plan_by_index(many=len(self._queue) > 1)
@@ -104,41 +132,97 @@ class Applier:
                 await self._writer.pause(pause)
             self._between(self.done.rows)
             await self._apply(piece)
-        self.done.not_found = diff.updated.rows - self.done.updated - self._refused_updates
 
-    def _cut(self, op: Op, span: Span) -> None:
-        if span.rows:
-            size = self._writer.batch_rows
-            self._queue.extend(
-                _Slice(op, after, min(after + size, span.last))
-                for after in range(span.after, span.last, size)
-            )
+    def _add(self, op: Op, span: Span) -> None:
+        self._queue.extend(_Piece(op, part) for part in span.slices)
 
-    async def _apply(self, piece: _Slice) -> None:
-        write = self._write_kept if self._history.enabled else self._write
+    async def _apply(self, piece: _Piece) -> None:
         try:
-            await write(piece)
+            if piece.singly:
+                await self._write_singly(piece)
+            else:
+                await self._write(piece)
         except asyncpg.DeadlockDetectedError as error:
             # The fewer rows it locks at a time, the sooner it gets past an application that locks
             # the same ones in another order all the time. One row alone can't be in a deadlock
             # with those who lock rows only.
-            if piece.rows == 1:
+            if piece.width == 1:
                 self._put_off(piece, error)
             else:
-                self._queue.extend(replace(half, attempts=1) for half in piece.halves())
+                halves = await self._writer.cut(piece.op, piece.part, piece.width // 2)
+                self._queue.extend(replace(piece, part=half, attempts=1) for half in halves)
         except asyncpg.LockNotAvailableError as error:
             self._put_off(piece, error)
-        except asyncpg.PostgresError as error:
-            if not _is_of_a_row(error):
-                raise
-            await self._writer.refuse_altered()
-            await self._narrow(piece, error)
 
-    def _put_off(self, piece: _Slice, error: asyncpg.PostgresError) -> None:
+    def _put_off(self, piece: _Piece, error: asyncpg.PostgresError) -> None:
         piece.attempts += 1
         if piece.attempts == _LOCK_ATTEMPTS:
             raise self._writer.locked(error) from error
         self._queue.append(piece)
+
+    async def _write(self, piece: _Piece) -> None:
+        """Write a slice by one statement; what that doesn't do is left to look at more closely."""
+        try:
+            rows = await self._writer.write(
+                piece.op, piece.part, self._stamp, keep=self._history.enabled
+            )
+        except (asyncpg.DeadlockDetectedError, asyncpg.LockNotAvailableError):
+            raise
+        except asyncpg.PostgresError as error:
+            if not is_of_a_row(error):
+                raise
+            await self._writer.refuse_altered()
+            rows = None
+        self._count(piece.op, rows or 0)
+        if rows != piece.part.rows:
+            # What is committed would be written once more by the same statement.
+            await self._look_closer(piece, singly=rows is not None)
+
+    async def _look_closer(self, piece: _Piece, *, singly: bool) -> None:
+        parts = [piece.part]
+        if piece.width > _SINGLY_ROWS:
+            parts = await self._writer.cut(piece.op, piece.part, _SINGLY_ROWS)
+        else:
+            singly = True
+        self._queue.extendleft(_Piece(piece.op, part, 0, singly) for part in reversed(parts))
+
+    async def _write_singly(self, piece: _Piece) -> None:
+        outcomes = await self._writer.write_singly(
+            piece.op, piece.part, self._stamp, keep=self._history.enabled
+        )
+        refused = []
+        for each in outcomes:
+            match each.end:
+                case "i" | "u" | "d":
+                    self._count(piece.op, 1)
+                case "a":
+                    self._count(piece.op, 1)
+                    self._altered += 1
+                    self._first_altered = self._first_altered or show(self._key(each))
+                case "g" if piece.op == "u":
+                    self.done.not_found += 1
+                case "r":
+                    refused.append(self._refused(piece.op, each))
+        if piece.op == "d":
+            # Not rejects, which are keys that are there.
+            if refused and not self._undeletable:
+                self._first_undeletable = f"{show(refused[0].key)}: {refused[0].detail}"
+            self._undeletable += len(refused)
+        elif refused:
+            self.done.rejected += len(refused)
+            await self._writer.keep_rejects(refused)
+
+    def _key(self, outcome: Outcome) -> bytes:
+        return self._writer.mapping.print_key(outcome.key)
+
+    def _refused(self, op: Op, outcome: Outcome) -> Reject:
+        # What stands on the next lines is the row itself.
+        said = (outcome.said or "").partition("\n")[0]
+        if outcome.said is None:
+            said = f"it was not {'deleted' if op == 'd' else 'written'}, as by {self._hooks}"
+        detail = f"{self._table} refuses it: {said}"[:_DETAIL]
+        value = "\t".join(text if text is not None else "" for text in outcome.values).encode()
+        return Reject(self._key(outcome), value, "refused_by_table", detail)
 
     def _count(self, op: Op, rows: int) -> None:
         match op:
@@ -148,68 +232,3 @@ class Applier:
                 self.done.updated += rows
             case "d":
                 self.done.deleted += rows
-
-    async def _write(self, piece: _Slice) -> None:
-        name = {"i": "insert", "u": "update", "d": "delete"}[piece.op]
-        try:
-            rows = await self._writer.write(name, piece.after, piece.last, self._stamp)
-        except asyncpg.UniqueViolationError:
-            if piece.op != "i":
-                raise
-            # Somebody else inserted such a row since the diff was made. It may come to fewer rows:
-            # those that were the very same.
-            name = "insert_on_conflict"
-            rows = await self._writer.write(name, piece.after, piece.last, self._stamp)
-        self._count(piece.op, rows)
-
-    async def _write_kept(self, piece: _Slice) -> None:
-        if piece.op == "d":
-            await self._keep(piece, "delete")
-            return
-        try:
-            asked, done = await self._keep(piece, "insert" if piece.op == "i" else "update")
-        except asyncpg.UniqueViolationError:
-            if piece.op != "i":
-                raise
-            asked, done = await self._keep(piece, "insert_missing")
-        if done < asked:
-            # Others have been at these rows since the diff was made.
-            await self._keep(piece, "settle", piece.op.encode())
-
-    async def _keep(self, piece: _Slice, name: str, *more: object) -> tuple[int, int]:
-        asked, done = await self._writer.write_kept(
-            name, piece.after, piece.last, self._stamp, *more
-        )
-        self._count(piece.op, done)
-        return asked, done
-
-    async def _narrow(self, piece: _Slice, error: asyncpg.PostgresError) -> None:
-        """Halve a slice that the table refuses, down to the row that it is about."""
-        if piece.rows > 1:
-            self._queue.extendleft(reversed(piece.halves()))
-            return
-        texts, values = await self._writer.row(piece.op, piece.after)
-        key = self._writer.mapping.print_key(texts)
-        table = self._writer.mapping.config.table
-        # What stands on the next lines is the row itself.
-        said = str(error).splitlines()[0] if str(error) else type(error).__name__
-        detail = f"{table} refuses it: {said}"[:_DETAIL]
-        if piece.op == "d":
-            # Not a reject, which is a key that is there.
-            self.undeletable.append(f"{show(key)}: {detail}")
-        else:
-            self.done.rejected += 1
-            self._refused_updates += piece.op == "u"
-            value = "\t".join(text if text is not None else "" for text in values).encode()
-            await self._writer.keep_rejects([Reject(key, value, "refused_by_table", detail)])
-        if self.done.rejected + len(self.undeletable) > _MAX_REFUSED_ROWS:
-            raise RunFailed(
-                f"the table {table} refuses more than {_MAX_REFUSED_ROWS:,} rows, the last one"
-                f" with: {said}"
-            ) from error
-
-
-def _is_of_a_row(error: asyncpg.PostgresError) -> bool:
-    if isinstance(error, asyncpg.InsufficientPrivilegeError):
-        return False
-    return (error.sqlstate or "XX")[:2] not in _NOT_OF_A_ROW

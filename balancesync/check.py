@@ -267,7 +267,7 @@ async def _check_tables(
                     text += " restore, prune and /balances need; "
                     way = table.grant(f"SELECT ({quote(mapping.synced_at)})")
                     yield Finding("warning", mapping.name, text + way)
-                for finding in await _judge_triggers(connection, mapping, table):
+                for finding in _judge_hooks(mapping, table):
                     yield finding
             else:
                 yield await _judge_missing(connection, mapping)
@@ -298,17 +298,29 @@ def _judge_shared(config: Config) -> Iterator[Finding]:
             )
 
 
-async def _judge_triggers(
-    connection: Connection, mapping: MappingConfig, table: Table
-) -> list[Finding]:
-    names = await tables.triggers(connection, table)
-    if not names:
-        return []
-    text = (
-        f"the table {mapping.table} has triggers ({', '.join(names)}): they fire for every row that"
-        " changes, and an error in one makes that row a reject"
-    )
-    return [Finding("warning", mapping.name, text)]
+def _judge_hooks(mapping: MappingConfig, table: Table) -> Iterator[Finding]:
+    """What rules and triggers may make of what is written."""
+    names = {
+        kind: ", ".join(dict.fromkeys(hook.name for hook in table.hooks if hook.kind == kind))
+        for kind in ("rule", "trigger")
+    }
+    may = "it may drop a row or change its values: a row that it drops becomes a reject"
+    if names["rule"]:
+        yield Finding(
+            "warning",
+            mapping.name,
+            f"the table {mapping.table} has rules ({names['rule']}), which rewrite what is written:"
+            f" {may}",
+        )
+    if names["trigger"]:
+        before = ", ".join(dict.fromkeys(hook.name for hook in table.hooks if hook.before_row))
+        text = (
+            f"the table {mapping.table} has triggers ({names['trigger']}): they fire for every row"
+            " that changes, and an error in one makes that row a reject"
+        )
+        if before:
+            text += f"; {before} runs BEFORE each row: {may}"
+        yield Finding("warning", mapping.name, text)
 
 
 async def _judge_missing(connection: Connection, mapping: MappingConfig) -> Finding:

@@ -39,6 +39,10 @@ DRIVER_ERRORS: Final = (
     OSError,
     TimeoutError,
 )
+# Classes of errors that no row is to blame for: connection, transaction, authorization, catalog,
+# rollback, resources, state, operator, system, bug. A trigger may raise whatever else it likes.
+# https://www.postgresql.org/docs/current/errcodes-appendix.html
+NOT_OF_A_ROW: Final = frozenset(("08", "25", "28", "3D", "40", "53", "55", "57", "58", "XX"))
 # What a server says of a setting in the DSN that it doesn't know or take.
 BAD_SETTING: Final = (
     asyncpg.UndefinedObjectError,
@@ -134,3 +138,10 @@ def translate(error: BaseException, address: str, *, last: bool) -> BalanceSyncE
 
 def _said(error: BaseException) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def is_of_a_row(error: asyncpg.PostgresError) -> bool:
+    """Whether it may be the fault of one row that is written, and not of what all rows meet."""
+    if isinstance(error, asyncpg.InsufficientPrivilegeError):
+        return False
+    return (error.sqlstate or "XX")[:2] not in NOT_OF_A_ROW

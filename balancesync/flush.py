@@ -262,13 +262,15 @@ class Flusher:
                 part.diff.deleted = Span()
             else:
                 spared = await spare_present(self._source, part.reading, part.mapping, part.writer)
-                part.diff.deleted.rows -= spared
+                part.diff.deleted = await part.writer.deleted()
                 part.diff.absent -= spared
         applier = Applier(part.writer, self._history, stamp, lambda done: None)
         await applier.run(part.diff)
         part.applied = applier.done
-        for stays in applier.undeletable[: _WARNINGS - len(run.warnings)]:
-            run.warnings.append(f'mapping "{part.mapping.name}": a row can\'t be deleted: {stays}')
+        for warning in applier.warnings:
+            said = f'mapping "{part.mapping.name}": {warning}'
+            if said not in run.warnings and len(run.warnings) < _WARNINGS:
+                run.warnings.append(said)
         counts = part.tally(part.applied, Applied(), complete=True)
         await part.writer.clear()
         return counts

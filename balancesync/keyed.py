@@ -19,6 +19,7 @@ class KeyedWriter(Writer):
         """Create the session's temporary tables for this mapping, and what live mode adds."""
         await super().prepare()
         await self._execute(self._sql["create_gone"])
+        self._indexed = True
 
     async def stage_keys(self, batch: Batch, gone: list[bytes]) -> None:
         """Take in what was read: rows and rejects of distinct keys, and keys that are gone."""
@@ -31,6 +32,7 @@ class KeyedWriter(Writer):
         # `absent` and `target_rows` aren't counted.
         found = Diff(stored=self._staged, rejected=self._rejected)
         await self._execute(self._sql["diff_join_in_order"])
+        found.altered = await self._skip_altered()
         await self._summarize(found)
         if self._gone_rows and self.mapping.config.on_absent == "delete":
             last = max(found.inserted.last, found.updated.last)

@@ -218,11 +218,9 @@ class Pipeline(Attempt):
         applier = Applier(part.writer, self._history, Stamp(self._run.id, self._at), between)
         part.applied = applier.done
         await applier.run(part.diff)
-        if stay := applier.undeletable:
-            self._warn(
-                f'mapping "{part.mapping.name}": {len(stay):,} rows whose keys are gone can\'t be'
-                f" deleted; the first is {stay[0]}"
-            )
+        for warning in applier.warnings:
+            self._warn(f'mapping "{part.mapping.name}": {warning}')
+        await part.writer.forget_altered()
 
     async def _forget_changes(self, session: Session) -> None:
         """Delete what is beyond `history.keep_days`, also once no more is kept."""
@@ -241,7 +239,7 @@ class Pipeline(Attempt):
             return
         spared = await spare_present(self._source, part.reading, part.mapping, part.writer)
         part.diff.absent -= spared
-        part.diff.deleted.rows -= spared
+        part.diff.deleted = await part.writer.deleted()
 
     async def _conclude(
         self, session: Session, parts: Sequence[Part], close: Callable[[], None]
@@ -297,6 +295,12 @@ class Pipeline(Attempt):
             if self._request.mode == "verify":
                 self._on_progress(Progress("compare", part.mapping.name))
                 writer, found = await self._compare_again(session, part, number)
+                if part.diff.altered:
+                    self._warn(
+                        f'mapping "{part.mapping.name}": {part.diff.altered:,} rows hold what rules'
+                        f" and triggers of {part.mapping.config.table} made of the values in Redis;"
+                        " they count as unchanged, see docs/guarantees.md"
+                    )
             self.reports.append(await describe(writer))
             self._run.mappings[part.mapping.name] = part.tally(found, Applied(), complete=True)
 

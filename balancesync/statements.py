@@ -6,10 +6,12 @@ from typing import Final
 from balancesync.columns import ColumnType
 from balancesync.config import MappingConfig
 from balancesync.database import load_sql, quote, quote_literal
+from balancesync.failures import NOT_OF_A_ROW
 from balancesync.printing import value_text
 from balancesync.table import Table
 
 _BLOCKS: Final = load_sql("target") | load_sql("keyed")
+_SINGLY: Final = load_sql("singly")
 # COPY into numeric(20,2) rounds 1.505 in silence: numbers are staged as they came.
 _STAGED: Final = {"numeric": "numeric", "varchar": "text"}
 
@@ -21,13 +23,13 @@ def statements(
     staging: str,
     diff: str,
     first: str,
-    changes: str,
-    pruned: str,
+    schema: str,
+    write_singly: str,
 ) -> dict[str, str]:
     """Every block of `sql/target.sql` for this mapping; identifiers are quoted here.
 
-    `first` is the diff that this one is a second look at, or itself; `changes` the history;
-    `pruned` keeps the keys that were pruned.
+    `first` is the diff that this one is a second look at, or itself; `schema` is that of our own
+    tables, `write_singly` the name of the function that `create_singly` makes and `singly` calls.
     `diff_join_in_order` is `diff_join` with the staged rows in the order of the target's key index.
     """
     parts = {
@@ -35,8 +37,11 @@ def statements(
         "staged": staging,
         "diff": diff,
         "first": first,
-        "changes": changes,
-        "pruned": pruned,
+        "changes": f"{schema}.changes",
+        "pruned": f"{schema}.pruned",
+        "altered": f"{schema}.altered",
+        "write_singly": write_singly,
+        "not_of_a_row": f"ARRAY[{', '.join(map(quote_literal, sorted(NOT_OF_A_ROW)))}]",
         "target": table.sql_name,
         **_slice_parts(config, table),
         **_key_parts(config, table),
@@ -47,7 +52,13 @@ def statements(
     }
     filled = {name: block.format_map(parts) for name, block in _BLOCKS.items()}
     parts["staged"] = f"(TABLE {staging} ORDER BY {parts['keys']})"
-    return {**filled, "diff_join_in_order": _BLOCKS["diff_join"].format_map(parts)}
+    parts["body"] = quote_literal(_SINGLY["body"].format_map(parts))
+    return {
+        **filled,
+        "diff_join_in_order": _BLOCKS["diff_join"].format_map(parts),
+        "create_singly": _SINGLY["create"].format_map(parts),
+        "singly": _SINGLY["call"].format_map(parts),
+    }
 
 
 def _slice_parts(config: MappingConfig, table: Table) -> dict[str, str]:
@@ -93,6 +104,11 @@ def _key_parts(config: MappingConfig, table: Table) -> dict[str, str]:
         "earlier_is_last": " AND ".join(f"earlier.{name} = last.{name}" for name in k),
         "last_keys": ", ".join(f"last.{name}" for name in k),
         "no_row": f"t.{quote(keys[0])} IS NULL",
+        "same_key_as_text": " AND ".join(
+            # The texts are canonical, so the cast can't fail.
+            f"t.{quote(name)} = a.key[{number}]::{config.types[name].sql}"
+            for number, name in enumerate(keys, 1)
+        ),
         "keys_not_null": " AND ".join(f"t.{quote(name)} IS NOT NULL" for name in keys),
     }
 
@@ -150,6 +166,8 @@ def _writes(config: MappingConfig, synced_at: str) -> dict[str, str]:
         "synced_at": column,
         "comma_synced_at": f", {column}" if synced_at else "",
         "comma_now": f", {synced_at}" if synced_at else "",
+        # Rows that nobody but balancesync has ever written: only those are deleted.
+        "is_ours": f"t.{column} IS NOT NULL" if synced_at else "true",
     }
 
 
@@ -167,12 +185,19 @@ def _texts(config: MappingConfig) -> dict[str, str]:
             f"{short}::{config.types[name].sql}::text AS {short}"
             for name, short in zip(values, v, strict=True)
         ),
-        "raw_texts": ", ".join(f"{name}::text AS {name}" for name in v),
+        "s_texts": ", ".join(
+            key_text(f"s.{short}", config.types[name]) for name, short in zip(keys, k, strict=True)
+        ),
+        "s_value_texts": ", ".join(f"s.{name}::text" for name in v),
         "old_texts": ", ".join(f"{name}::text AS {name}" for name in o),
         "s_key_texts": key_array(config, [f"s.{name}" for name in k]),
         "t_key_texts": key_array(config, [f"t.{quote(name)}" for name in keys]),
         "t_json": _json(config, [f"t.{quote(name)}" for name in values]),
         "old_json": _json(config, [f"s.{name}" for name in o]),
+        "asked_json": _json(
+            config,
+            [f"s.{short}::{config.types[name].sql}" for name, short in zip(values, v, strict=True)],
+        ),
     }
 
 

@@ -1,8 +1,9 @@
 """The target table as it really is: what the catalogs say, held against the mapping."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Literal
 
 from balancesync.config import MappingConfig
 from balancesync.database import Connection, load_sql, quote
@@ -37,6 +38,19 @@ class Column:
 
 
 @dataclass(frozen=True, slots=True)
+class Hook:
+    """A rule or trigger that acts on what is written; `digest` is one of all that it consists of.
+
+    One `before_row` may drop a row or change it.
+    """
+
+    kind: Literal["rule", "trigger"]
+    name: str
+    before_row: bool
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
 class Table:
     """A table that fits its mapping, or, with `oid` None, one that is still to be created."""
 
@@ -44,11 +58,18 @@ class Table:
     oid: int | None = None
     columns: dict[str, Column] = field(default_factory=dict)
     role: str = ""
+    hooks: tuple[Hook, ...] = ()
 
     @property
     def exists(self) -> bool:
         """Whether the table is there already."""
         return self.oid is not None
+
+    @property
+    def hooks_digest(self) -> str:
+        """What all its rules and triggers consist of, in short; empty if there are none."""
+        digests = "".join(hook.digest for hook in self.hooks)
+        return hashlib.sha256(digests.encode()).hexdigest() if digests else ""
 
     def nullable(self, mapping: MappingConfig) -> frozenset[str]:
         """The value columns that may be NULL; none of a table that balancesync creates."""
@@ -89,7 +110,8 @@ async def inspect(connection: Connection, mapping: MappingConfig) -> Table:
         )
     rows = await connection.fetch(_SQL["columns"], relation["oid"])
     columns = {row["name"]: Column(**row) for row in rows}
-    table = Table(name, relation["oid"], columns, relation["role"])
+    hooks = tuple(Hook(**row) for row in await connection.fetch(_SQL["hooks"], relation["oid"]))
+    table = Table(name, relation["oid"], columns, relation["role"], hooks)
     misfits = _column_misfits(table, mapping)
     if table.columns.keys() >= {*mapping.key_columns}:
         misfits += await _index_misfits(connection, table, mapping)
@@ -229,12 +251,6 @@ async def create(connection: Connection, mapping: MappingConfig) -> Table:
         " WITH (fillfactor = 90)"
     )
     return await inspect(connection, mapping)
-
-
-async def triggers(connection: Connection, table: Table) -> list[str]:
-    """The names of the table's enabled triggers, which fire for every row that is written."""
-    rows = await connection.fetch(_SQL["triggers"], table.oid)
-    return [row["name"] for row in rows]
 
 
 def refuse_shared(found: Sequence[tuple[MappingConfig, Table]]) -> None:

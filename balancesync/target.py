@@ -25,27 +25,50 @@ _STATISTICS_TARGET: Final = 1
 _STAGE_BYTES: Final = 1 << 20
 # Dead rows of the temporary tables: from here on, reading over them costs more than a VACUUM.
 VACUUM_ROWS: Final = 20_000
+_ALL: Final = (1 << 63) - 1
 # A reject is kept to be looked at: more of its value would only fill the table.
 _KEPT_VALUE_BYTES: Final = 65_536
 
 
 @dataclass(slots=True)
-class Span:
-    """The rows of a diff with one op: they lie within after < n <= last, others among them."""
+class Slice:
+    """So many rows of a diff with one op: they lie within after < n <= last, others among them."""
 
-    rows: int = 0
-    after: int = 0
-    last: int = 0
+    rows: int
+    after: int
+    last: int
+
+
+@dataclass(slots=True)
+class Span:
+    """The rows of a diff with one op, in the slices that they are written in."""
+
+    slices: list[Slice] = field(default_factory=list)
+
+    @property
+    def rows(self) -> int:
+        """How many they are."""
+        return sum(each.rows for each in self.slices)
+
+    @property
+    def last(self) -> int:
+        """The highest number of a row."""
+        return max((each.last for each in self.slices), default=0)
 
 
 @dataclass(slots=True)
 class Diff:
-    """What staging and target differ in. `inserted` are keys without a row, also of `update`."""
+    """What staging and target differ in. `inserted` are keys without a row, also of `update`.
+
+    `altered` are rows that hold what the table has made of the values that are to be stored: they
+    aren't written again.
+    """
 
     stored: int = 0
     rejected: int = 0
     target_rows: int = 0
     absent: int = 0
+    altered: int = 0
     inserted: Span = field(default_factory=Span)
     updated: Span = field(default_factory=Span)
     deleted: Span = field(default_factory=Span)
@@ -59,6 +82,20 @@ class Row:
     key: tuple[str, ...]
     new: tuple[str | None, ...]
     old: tuple[str | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one row that was written on its own: see `row_end` in `sql/singly.sql`.
+
+    `key` and `values` are texts, of rows that the table refused or altered; `said` is its error, if
+    it raised one.
+    """
+
+    end: Literal["i", "u", "d", "a", "s", "g", "r"]
+    said: str | None
+    key: tuple[str, ...]
+    values: tuple[str | None, ...]
 
 
 class Writer:
@@ -89,8 +126,8 @@ class Writer:
             staging=f"pg_temp.{self._staging}",
             diff=self._diff,
             first=(first or self)._diff,
-            changes=f"{session.database.schema}.changes",
-            pruned=f"{session.database.schema}.pruned",
+            schema=session.database.schema,
+            write_singly=f"pg_temp.write_singly_{number}",
         )
         self._pending: list[bytes] = []
         self._pending_bytes = 0
@@ -98,6 +135,7 @@ class Writer:
         self._rejected = 0
         self._rejected_rows = 0
         self._indexed = False
+        self._writes_singly = False
         self._dead = 0
 
     async def _execute(self, sql: str, *arguments: object, whole: bool = False) -> int:
@@ -233,6 +271,7 @@ class Writer:
             await self._summarize(found)
             return
         await self._join(found.target_rows)
+        found.altered = await self._skip_altered()
         await self._summarize(found)
         sql = self._sql
         rejected = await self._count(sql["count_rejected_rows"]) if self._rejected_rows else 0
@@ -252,6 +291,29 @@ class Writer:
         in_order = by_index or await self._sorts_first()
         await self._execute(self._sql["diff_join_in_order" if in_order else "diff_join"])
 
+    async def _skip_altered(self) -> int:
+        """Take out of the diff what the table would make the same of again; return how many."""
+        if not self.table.hooks:
+            return 0
+        if not await self._has_altered():
+            return 0
+        name, digest = self.mapping.name, self.table.hooks_digest
+        return await self._execute(self._sql["skip_altered"], name, digest)
+
+    async def _has_altered(self) -> bool:
+        # A dry run may come before the table of those is there.
+        known = f"{self._session.database.schema}.altered"
+        [[is_there]] = await self._fetch("SELECT to_regclass($1) IS NOT NULL", known)
+        return is_there and bool(
+            (await self._fetch(self._sql["has_altered"], self.mapping.name))[0][0]
+        )
+
+    async def forget_altered(self) -> None:
+        """Forget what rows no longer hold, or what other rules and triggers made of values."""
+        if await self._has_altered():
+            digest = self.table.hooks_digest
+            await self._execute(self._sql["forget_altered"], self.mapping.name, digest)
+
     async def _sorts_first(self) -> bool:
         """Whether staged rows are best sorted before they are joined.
 
@@ -265,11 +327,23 @@ class Writer:
         return bool(rows and rows[0][0])
 
     async def _summarize(self, found: Diff) -> None:
-        spans = {row["op"]: row for row in await self._fetch(self._sql["summary"])}
-        for op, name in (("i", "inserted"), ("u", "updated"), ("d", "deleted")):
-            if op in spans:
-                row = spans[op]
-                setattr(found, name, Span(row["rows"], row["after"], row["last"]))
+        spans = await self._spans(0, _ALL, self.batch_rows)
+        found.inserted, found.updated, found.deleted = (spans[op] for op in ("i", "u", "d"))
+
+    async def _spans(self, after: int, last: int, size: int) -> dict[str, Span]:
+        """The rows with after < n <= last, by op, in slices of up to `size` rows."""
+        spans: dict[str, Span] = {"i": Span(), "u": Span(), "d": Span()}
+        for row in await self._fetch(self._sql["slices"], after, last, size):
+            spans[row["op"]].slices.append(Slice(row["rows"], row["after"], row["last"]))
+        return spans
+
+    async def cut(self, op: Op, whole: Slice, size: int) -> list[Slice]:
+        """A slice in smaller ones of up to `size` rows."""
+        return (await self._spans(whole.after, whole.last, size))[op].slices
+
+    async def deleted(self) -> Span:
+        """What the diff still deletes, when some of it was forgotten."""
+        return (await self._spans(0, _ALL, self.batch_rows))["d"]
 
     async def page(self, op: Op, after: int, limit: int) -> list[tuple[int, tuple[str, ...]]]:
         """Up to `limit` rows of the diff behind number `after`: number and key column texts."""
@@ -322,27 +396,71 @@ class Writer:
             self._indexed = True
             await self._execute(self._sql["index_diff"])
 
-    async def write(self, name: str, after: int, last: int, stamp: Stamp) -> int:
-        """Apply the slice after < n <= last by one statement and transaction; return the rows.
+    async def write(self, op: Op, part: Slice, stamp: Stamp, *, keep: bool) -> int | None:
+        """Apply a slice by one statement and transaction; return how many rows were written.
 
+        Where the table has rules or triggers, it's looked at first whether all rows are as asked:
+        None if not, and nothing is written. With `keep` the changes are written to the history.
         Raises Transient if the table was altered: nothing is written to another one.
         """
-        timed = self.mapping.config.synced_at and name != "delete"
-        times = [stamp.at] if timed else []
-        rows = await self._execute(self._sql[name], after, last, *times, whole=True)
-        if not rows:
+        write = self._write_and_look if self.table.hooks else self._write
+        rows = await write(op, part, stamp, keep=keep)
+        if rows != part.rows:
             await self.refuse_altered()
         return rows
 
-    async def write_kept(
-        self, name: str, after: int, last: int, stamp: Stamp, *more: object
-    ) -> tuple[int, int]:
-        """Do the same with history; return the rows asked for and the rows written."""
-        arguments = (after, last, stamp.at, stamp.run_id, self.mapping.name, *more)
-        row = (await self._fetch(self._sql[f"{name}_kept"], *arguments, whole=True))[0]
-        if not row["asked"]:
+    async def _write(self, op: Op, part: Slice, stamp: Stamp, *, keep: bool) -> int | None:
+        name = {"i": "insert", "u": "update", "d": "delete"}[op]
+        if keep:
+            arguments = (part.after, part.last, stamp.at, stamp.run_id, self.mapping.name)
+            return int((await self._fetch(self._sql[f"{name}_kept"], *arguments, whole=True))[0][0])
+        times = [stamp.at] if self.mapping.config.synced_at and op != "d" else []
+        return await self._execute(self._sql[name], part.after, part.last, *times, whole=True)
+
+    async def _write_and_look(self, op: Op, part: Slice, stamp: Stamp, *, keep: bool) -> int | None:
+        await self._execute("BEGIN ISOLATION LEVEL READ COMMITTED", whole=True)
+        try:
+            await self._write(op, part, stamp, keep=keep)
+            # Triggers that wait for the end of the transaction may alter rows, too.
+            await self._execute("SET CONSTRAINTS ALL IMMEDIATE", whole=True)
+            look = self._sql["has_undeleted" if op == "d" else "has_unwritten"]
+            [[differs]] = await self._fetch(look, part.after, part.last, whole=True)
+        except asyncpg.PostgresError:
+            if not self._session.connection.is_closed():
+                await self._execute("ROLLBACK", whole=True)
+            raise
+        await self._execute("ROLLBACK" if differs else "COMMIT", whole=True)
+        return None if differs else part.rows
+
+    async def write_singly(self, op: Op, part: Slice, stamp: Stamp, *, keep: bool) -> list[Outcome]:
+        """Apply a slice row by row, in one transaction: what the table refuses is undone alone."""
+        if not self._writes_singly:
+            await self._index()
+            await self._execute(self._sql["create_singly"])
+            self._writes_singly = True
+        rows = await self._fetch(
+            self._sql["singly"],
+            part.after,
+            part.last,
+            stamp.at,
+            stamp.run_id,
+            self.mapping.name,
+            op.encode(),
+            keep,
+            self.table.hooks_digest,
+            whole=True,
+        )
+        if not rows:
             await self.refuse_altered()
-        return row["asked"], row["done"]
+        return [
+            Outcome(
+                row["row_end"],
+                row["row_said"],
+                tuple(row["row_key"] or ()),
+                tuple(row["row_values"] or ()),
+            )
+            for row in rows
+        ]
 
     async def refuse_altered(self) -> None:
         """Raise Transient if the table isn't the one any more that was looked at."""
@@ -365,11 +483,6 @@ class Writer:
             await self._session.watch(history.begin(connection, config, self.table, stamp.at))
         else:
             await self._session.watch(history.end(connection, config, self.table))
-
-    async def row(self, op: Op, after: int) -> tuple[tuple[str, ...], tuple[str | None, ...]]:
-        """The first row of the diff behind number `after`: key columns, new values as staged."""
-        row = (await self._fetch(self._sql["row"], op.encode(), after))[0]
-        return tuple(row[name] for name in self._keys), tuple(row[name] for name in self._values)
 
     async def clear(self) -> None:
         """Forget what was staged and what differed, for a session that goes on.

@@ -331,9 +331,12 @@ async def test_what_a_trigger_makes_of_it_is_what_is_kept(
     )
     await redis.mset({"balance:1": "1", "balance:2": "2"})
     sync = engine(history=KEPT)
-    await sync.sync()
-    await sync.sync()
-    assert await changes(pg) == [(("1",), "i", None, "2.00"), (("1",), "u", "2.00", "2.00")]
+    await sync.good()
+    await sync.good()
+    assert await changes(pg) == [(("1",), "i", None, "2.00")]
+    await redis.set("balance:1", "5")
+    await sync.good()
+    assert (await changes(pg))[1:] == [(("1",), "u", "2.00", "6.00")]
 
 
 async def test_a_slice_and_its_changes_are_one(

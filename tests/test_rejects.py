@@ -256,9 +256,10 @@ async def test_table_that_refuses_everything(
 ) -> None:
     await pg.execute(f"CREATE TABLE balances ({COLUMNS}, CHECK (balance < 0))")
     await redis.mset({f"balance:{number}": "1" for number in range(1500)})
-    sync = engine()
-    assert "more than 1,000 rows" in await sync.failed(RunFailed)
+    sync = engine(guard={"max_rejects": 0.1})
+    assert "1,500 of 1,500 keys are rejects" in await sync.failed(RunFailed)
     assert await balances(pg) == {}
+    assert len(await sync.reasons()) == 1500
 
 
 async def test_refused_rows_count_once_in_a_run_of_two_attempts(

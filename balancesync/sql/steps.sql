@@ -109,3 +109,18 @@ CREATE INDEX runs_restores ON {schema}.runs (recorded_at, id) WHERE job = 'resto
 -- beside them: where that is another by now, they count no more.
 ALTER TABLE {schema}.baselines ADD COLUMN redis_seen jsonb;
 ALTER TABLE {schema}.baselines ADD COLUMN refused_on jsonb;
+
+-- Published tables need a replica identity for each UPDATE and DELETE; this one has no key.
+ALTER TABLE {schema}.changes REPLICA IDENTITY FULL;
+
+-- What a table's rules and triggers (a digest of them) made of the values asked for: the row isn't
+-- written again while both stay so. `key` as in `changes`, asked and stored as its old and new.
+CREATE TABLE {schema}.altered (
+    mapping text COLLATE "C" NOT NULL,
+    key text[] COLLATE "C" NOT NULL,
+    asked jsonb NOT NULL,
+    stored jsonb NOT NULL,
+    hooks text NOT NULL,
+    run_id uuid NOT NULL,
+    PRIMARY KEY (mapping, key)
+);

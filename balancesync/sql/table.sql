@@ -44,6 +44,15 @@ WHERE i.indrelid = $1::oid AND i.indisunique AND i.indisvalid AND i.indimmediate
           JOIN pg_attribute AS a ON a.attrelid = i.indrelid AND a.attnum = k.attnum
           WHERE a.attcollation <> k.under);
 
--- name: triggers
-SELECT tgname AS name, pg_get_triggerdef(oid) AS definition
-FROM pg_trigger WHERE tgrelid = $1::oid AND NOT tgisinternal AND tgenabled <> 'D';
+-- name: hooks
+-- Rules, and triggers, of partitions too, that may see to it that a row isn't written, or otherwise.
+SELECT DISTINCT 'trigger' AS kind, t.tgname AS name, t.tgtype & 3 = 3 AS before_row,
+    md5(pg_get_triggerdef(t.oid) || p.prosrc) AS digest
+FROM pg_trigger AS t JOIN pg_proc AS p ON p.oid = t.tgfoid
+WHERE (t.tgrelid = $1::oid OR t.tgrelid IN (SELECT relid FROM pg_partition_tree($1::oid::regclass)))
+    AND NOT t.tgisinternal AND t.tgenabled <> 'D' AND t.tgtype & 28 <> 0
+UNION ALL
+SELECT 'rule', r.rulename, false, md5(pg_get_ruledef(r.oid))
+FROM pg_rewrite AS r
+WHERE r.ev_class = $1::oid AND r.ev_type IN ('2', '3', '4') AND r.ev_enabled <> 'D'
+ORDER BY kind, name, digest;

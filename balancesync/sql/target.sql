@@ -73,8 +73,23 @@ INSERT INTO {diff} (n, op, {keys}, {olds})
 SELECT $1 + row_number() OVER (ORDER BY s.n), 'd', {t_keys}, {t_values}
 FROM {first} AS s JOIN {target} AS t ON {same_key} WHERE s.op = 'd';
 
--- name: summary
-SELECT op::text AS op, count(*) AS rows, min(n) - 1 AS after, max(n) AS last FROM {diff} GROUP BY op;
+-- name: slices
+-- The rows $1 < n <= $2, cut where n is a multiple of $3.
+SELECT op::text AS op, min(n) - 1 AS after, max(n) AS last, count(*) AS rows
+FROM {diff} WHERE n > $1 AND n <= $2 GROUP BY op, (n - 1) / $3 ORDER BY min(n);
+
+-- name: skip_altered
+-- Rows that hold what the table's rules and triggers ($2) once made of the very values asked for.
+DELETE FROM {diff} AS s USING {altered} AS a
+WHERE s.op = 'u' AND a.mapping = $1 AND a.hooks = $2 AND a.key = {s_key_texts}
+    AND a.asked = {asked_json} AND a.stored = {old_json};
+
+-- name: has_altered
+SELECT EXISTS (SELECT FROM {altered} WHERE mapping = $1);
+
+-- name: forget_altered
+DELETE FROM {altered} AS a WHERE a.mapping = $1 AND NOT (a.hooks = $2 AND EXISTS (
+    SELECT FROM {target} AS t WHERE {same_key_as_text} AND {t_json} = a.stored));
 
 -- name: totals
 SELECT {totals} FROM {diff} WHERE op = ANY($1::"char"[]);
@@ -89,11 +104,8 @@ SELECT n, op::text AS op, {key_texts} FROM {diff} WHERE n > $1 AND op = $3::"cha
 SELECT op::text AS op, {key_texts}, {value_texts}, {old_texts}
 FROM {diff} WHERE op = $1::"char" ORDER BY n LIMIT $2;
 
--- name: row
-SELECT {key_texts}, {raw_texts} FROM {diff} WHERE op = $1::"char" AND n > $2 ORDER BY n LIMIT 1;
-
 -- name: forget
-DELETE FROM {diff} WHERE n = ANY($1::bigint[]);
+DELETE FROM {diff} AS d USING unnest($1::bigint[]) AS w (n) WHERE d.n = w.n;
 
 -- name: empty_staging
 DELETE FROM {staging};
@@ -116,11 +128,6 @@ WHERE a.attrelid = {oid} AND a.attrelid = to_regclass({target_name})
 INSERT INTO {target} ({columns}{comma_synced_at})
 SELECT {keys}, {values}{comma_now} FROM {diff} WHERE {in_slice} AND op = 'i' ORDER BY n;
 
--- name: insert_on_conflict
-INSERT INTO {target} AS t ({columns}{comma_synced_at})
-SELECT {keys}, {values}{comma_now} FROM {diff} WHERE {in_slice} AND op = 'i' ORDER BY n
-ON CONFLICT ({key_columns}) DO UPDATE SET {set_excluded} WHERE {excluded_differs};
-
 -- name: update
 UPDATE {target} AS t SET {set_values}
 FROM (SELECT * FROM {diff} WHERE {in_slice} AND op = 'u' ORDER BY n) AS s
@@ -129,74 +136,53 @@ WHERE {same_key};
 -- name: delete
 DELETE FROM {target} AS t
 USING (SELECT * FROM {diff} WHERE {in_slice} AND op = 'd' ORDER BY n) AS s
-WHERE {same_key} AND t.{synced_at} IS NOT NULL;
+WHERE {same_key} AND {is_ours};
 
 -- The same with history: each statement writes its changes with what it changes, and tells how many
--- rows it was asked for and how many it wrote. $4 is the run, $5 the mapping.
+-- rows it wrote. $4 is the run, $5 the mapping.
 
 -- name: insert_kept
-WITH asked AS (
-    SELECT {keys}, {values} FROM {diff} WHERE {in_slice} AND op = 'i' ORDER BY n
-), done AS (
+WITH done AS (
     INSERT INTO {target} AS t ({columns}{comma_synced_at})
-    SELECT {keys}, {values}{comma_now} FROM asked
+    SELECT {keys}, {values}{comma_now} FROM {diff} WHERE {in_slice} AND op = 'i' ORDER BY n
     RETURNING {t_key_texts} AS key, {t_json} AS new
 ), kept AS (
     INSERT INTO {changes} (mapping, key, at, run_id, op, new) SELECT $5, key, $3, $4, 'i', new FROM done
 )
-SELECT (SELECT count(*) FROM asked) AS asked, (SELECT count(*) FROM done) AS done;
-
--- name: insert_missing_kept
-WITH asked AS (
-    SELECT {keys}, {values} FROM {diff} WHERE {in_slice} AND op = 'i' ORDER BY n
-), done AS (
-    INSERT INTO {target} AS t ({columns}{comma_synced_at})
-    SELECT {keys}, {values}{comma_now} FROM asked
-    ON CONFLICT ({key_columns}) DO NOTHING
-    RETURNING {t_key_texts} AS key, {t_json} AS new
-), kept AS (
-    INSERT INTO {changes} (mapping, key, at, run_id, op, new) SELECT $5, key, $3, $4, 'i', new FROM done
-)
-SELECT (SELECT count(*) FROM asked) AS asked, (SELECT count(*) FROM done) AS done;
+SELECT count(*) FROM done;
 
 -- name: update_kept
 -- Only rows that are still what the diff saw: then that is what they held.
-WITH asked AS (
-    SELECT * FROM {diff} WHERE {in_slice} AND op = 'u' ORDER BY n
-), done AS (
-    UPDATE {target} AS t SET {set_values} FROM asked AS s WHERE {same_key} AND NOT ({t_differs_from_old})
+WITH done AS (
+    UPDATE {target} AS t SET {set_values}
+    FROM (SELECT * FROM {diff} WHERE {in_slice} AND op = 'u' ORDER BY n) AS s
+    WHERE {same_key} AND NOT ({t_differs_from_old})
     RETURNING {s_key_texts} AS key, {old_json} AS old, {t_json} AS new
 ), kept AS (
     INSERT INTO {changes} (mapping, key, at, run_id, op, old, new)
     SELECT $5, key, $3, $4, 'u', old, new FROM done
 )
-SELECT (SELECT count(*) FROM asked) AS asked, (SELECT count(*) FROM done) AS done;
-
--- name: settle_kept
--- What others have changed or inserted since the diff was made: locked, and only then read.
-WITH asked AS (
-    SELECT s.*, {t_json} AS held
-    FROM (SELECT * FROM {diff} WHERE {in_slice} AND op = $6::"char" ORDER BY n) AS s
-    JOIN {target} AS t ON {same_key}
-    WHERE (s.op = 'u' OR {differs}) AND NOT EXISTS (
-        SELECT FROM {changes} AS c WHERE c.mapping = $5 AND c.key = {s_key_texts} AND c.at = $3)
-    FOR NO KEY UPDATE OF t
-), done AS (
-    UPDATE {target} AS t SET {set_values} FROM asked AS s WHERE {same_key}
-    RETURNING {s_key_texts} AS key, s.held AS old, {t_json} AS new
-), kept AS (
-    INSERT INTO {changes} (mapping, key, at, run_id, op, old, new)
-    SELECT $5, key, $3, $4, 'u', old, new FROM done
-)
-SELECT (SELECT count(*) FROM asked) AS asked, (SELECT count(*) FROM done) AS done;
+SELECT count(*) FROM done;
 
 -- name: delete_kept
-WITH asked AS (
-    SELECT * FROM {diff} WHERE {in_slice} AND op = 'd' ORDER BY n
-), done AS (
-    DELETE FROM {target} AS t USING asked AS s WHERE {same_key} AND t.{synced_at} IS NOT NULL
+WITH done AS (
+    DELETE FROM {target} AS t
+    USING (SELECT * FROM {diff} WHERE {in_slice} AND op = 'd' ORDER BY n) AS s
+    WHERE {same_key} AND {is_ours}
     RETURNING {s_key_texts} AS key, {t_json} AS old
 ), kept AS (
     INSERT INTO {changes} (mapping, key, at, run_id, op, old) SELECT $5, key, $3, $4, 'd', old FROM done
 )
-SELECT (SELECT count(*) FROM asked) AS asked, (SELECT count(*) FROM done) AS done;
+SELECT count(*) FROM done;
+
+-- Was it written? Rules and triggers may drop a row in silence, or make another one of it.
+
+-- name: has_unwritten
+SELECT EXISTS (
+    SELECT FROM (SELECT * FROM {diff} WHERE {in_slice} AND op <> 'd' ORDER BY n) AS s
+        LEFT JOIN {target} AS t ON {same_key} WHERE {no_row} OR {differs});
+
+-- name: has_undeleted
+SELECT EXISTS (
+    SELECT FROM (SELECT * FROM {diff} WHERE {in_slice} AND op = 'd' ORDER BY n) AS s
+        JOIN {target} AS t ON {same_key} WHERE {is_ours});
