@@ -6,9 +6,9 @@ from typing import Final
 
 import aiohttp
 
-from balancesync import urls
 from balancesync.config import Config
 from balancesync.documents import Document
+from balancesync.dsn import postgres_place
 from balancesync.errors import (
     BalanceSyncError,
     DaemonUnavailable,
@@ -41,7 +41,7 @@ class Client:
         token = config.http.token.get_secret_value()
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._schema = config.postgres.schema
-        self._database = urls.postgres_place(config.postgres.dsn.get_secret_value())
+        self._database = postgres_place(config.postgres.dsn.get_secret_value())
 
     async def get(self, path: str) -> Document:
         """The document at a path below the prefix, whatever its status says of health.

@@ -315,10 +315,15 @@ async def init(config: Config, args: Namespace) -> int:
 
 async def status(config: Config, args: Namespace) -> int:
     """What runs, what ran, what the guard refuses, both servers."""
+    # It tells that Redis is down, but can tell nothing without PostgreSQL.
+    without = PostgresUnavailable.exit_code
 
     async def found(why: str) -> Document:
+        nonlocal without
         async with servers(config) as (database, source):
             document = await overview.status(config, database, source)
+            if not document["postgres"]["connected"]:
+                without = await overview.why_away(database)
         return document | {"no_daemon": why}
 
     async def ask() -> Document:
@@ -328,8 +333,7 @@ async def status(config: Config, args: Namespace) -> int:
         return await watch(ask, args.watch, as_json=args.json)
     document = await ask()
     _answer(args, document, standing.show_status)
-    # It tells that Redis is down, but can tell nothing without PostgreSQL.
-    return 0 if document["postgres"]["connected"] else PostgresUnavailable.exit_code
+    return 0 if document["postgres"]["connected"] else without
 
 
 async def stats(config: Config, args: Namespace) -> int:

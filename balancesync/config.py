@@ -30,6 +30,7 @@ from balancesync.columns import (
     parse_table,
 )
 from balancesync.cron import CronFields, check_timezone, parse_cron
+from balancesync.dsn import read_postgres_dsn
 from balancesync.settings import Misfit, passes, passes_secretly
 
 DEFAULT_FILE: Final = Path("config.toml")
@@ -114,7 +115,7 @@ class RedisConfig:
 class PostgresConfig:
     """`[postgres]`: where they are kept."""
 
-    dsn: Annotated[SecretStr, passes_secretly(urls.check_postgres_dsn)] = SecretStr(
+    dsn: Annotated[SecretStr, passes_secretly(read_postgres_dsn)] = SecretStr(
         "postgresql://127.0.0.1:5432/postgres"
     )
     schema: Identifier = "balancesync"

@@ -9,35 +9,19 @@ from contextlib import asynccontextmanager, contextmanager
 from datetime import datetime
 from functools import cache
 from typing import Any, Final, TypeVar
-from urllib.parse import parse_qsl, urlsplit
 
 import asyncpg
 
 from balancesync.config import PostgresConfig
-from balancesync.errors import (
-    ConfigError,
-    PostgresUnavailable,
-    SchemaMissing,
-    SchemaTooNew,
-)
-from balancesync.failures import BAD_SETTING, DRIVER_ERRORS, translate
+from balancesync.dsn import read_postgres_dsn
+from balancesync.errors import PostgresUnavailable, SchemaMissing, SchemaTooNew
+from balancesync.failures import DRIVER_ERRORS, translate
+from balancesync.opening import open_connection
 
 Connection = asyncpg.Connection
 Pool = asyncpg.Pool
 T = TypeVar("T")
 
-# A dead client's or server's session must not keep its locks for the hours that TCP would take:
-# https://www.postgresql.org/docs/current/runtime-config-connection.html
-_SESSION: Final = {
-    "application_name": "balancesync",
-    "timezone": "UTC",
-    "datestyle": "ISO",
-    "tcp_keepalives_idle": "3",
-    "tcp_keepalives_interval": "2",
-    "tcp_keepalives_count": "2",
-    "tcp_user_timeout": "7000",
-}
-_SESSION_14: Final = {"client_connection_check_interval": "2s", "idle_session_timeout": "0"}
 # One for the daemon's probes, one for a run whose statement takes long, one for its health.
 _RESERVED: Final = 3
 # Seconds, thirty years of them: to the driver, None would mean the connection's own limit.
@@ -82,6 +66,7 @@ class Database:
     def __init__(self, config: PostgresConfig) -> None:
         self.config = config
         self.schema = quote(config.schema)
+        self._dsn = read_postgres_dsn(config.dsn.get_secret_value())
         self._pool: Pool | None = None
         self._reserve: Pool | None = None
         self._opening = asyncio.Lock()
@@ -92,10 +77,7 @@ class Database:
     @property
     def address(self) -> str:
         """`host:port/database`, without user or password, for messages."""
-        parts = urlsplit(self.config.dsn.get_secret_value())
-        # A socket's folder is an option: libpq's URIs have no other place for it.
-        host = parts.netloc.rpartition("@")[2] or dict(parse_qsl(parts.query)).get("host", "")
-        return host + parts.path
+        return self._dsn.address
 
     async def close(self) -> None:
         """Close the pools; sessions are closed by those who opened them."""
@@ -122,25 +104,18 @@ class Database:
                     raise
 
     async def _make_pool(self, size: int) -> Pool:
-        return await asyncpg.create_pool(
-            self.config.dsn.get_secret_value(),
+        pool: Pool = await asyncpg.create_pool(
             connect=self._open,
             min_size=0,
             max_size=size,
             timeout=self.config.timeout,
             command_timeout=self.config.timeout,
-            init=_prepare,
             reset=_end_transaction,
         )
+        return pool
 
     async def _open(self, dsn: str | None = None, **options: Any) -> Connection:
-        try:
-            return await asyncpg.connect(dsn, **options)
-        except BAD_SETTING as error:
-            # Of a statement's own they would be a bug.
-            said = str(error).splitlines()[0]
-            where = f"PostgreSQL at {self.address}"
-            raise ConfigError(f"{where} can't be asked as postgres.dsn says: {said}") from error
+        return await open_connection(self._dsn, self.config, **options)
 
     async def ask(
         self,
@@ -195,24 +170,8 @@ class Database:
         and somebody who watches it.
         """
         with self.translated():
-            connection = await self._open(
-                self.config.dsn.get_secret_value(),
-                timeout=self.config.timeout,
-                command_timeout=self.config.timeout,
-            )
-            try:
-                await asyncio.wait_for(_prepare(connection), self.config.timeout)
-                encoding = connection.get_settings().server_encoding
-            except BaseException:
-                connection.terminate()
-                raise
-        if encoding != "UTF8":
-            connection.terminate()
-            raise ConfigError(
-                f"PostgreSQL's database {self.address} is encoded in {encoding}; balancesync needs"
-                " UTF8: create the database with ENCODING 'UTF8'"
-            )
-        return connection
+            limit = self.config.timeout
+            return await self._open(timeout=limit, command_timeout=limit)
 
     @contextmanager
     def translated(self, *, last: bool = False) -> Iterator[None]:
@@ -230,22 +189,10 @@ class Database:
 
 
 async def _end_transaction(connection: Connection) -> None:
-    # The driver's own way, RESET ALL, would also undo what `_prepare` has set. Nobody sets anything
-    # else on a pooled connection.
+    # The driver's own way, RESET ALL, would also undo what `open_connection` has set. Nobody sets
+    # anything else on a pooled connection.
     if connection.is_in_transaction():
         await connection.execute("ROLLBACK")
-
-
-async def _prepare(connection: Connection) -> None:
-    # set_config after connecting, since PgBouncer refuses such parameters in the start packet.
-    settings = dict(_SESSION)
-    if connection.get_server_version() >= (14,):
-        settings |= _SESSION_14
-    await connection.fetch(
-        "SELECT set_config(name, value, false) FROM unnest($1::text[], $2::text[]) s (name, value)",
-        list(settings),
-        list(settings.values()),
-    )
 
 
 class Steps:

@@ -11,10 +11,11 @@ from datetime import UTC, datetime
 from typing import Any, Final, Literal
 from uuid import UUID
 
-from balancesync import overview, urls
+from balancesync import overview
 from balancesync.config import Config
 from balancesync.database import Database
 from balancesync.documents import Document, run_document
+from balancesync.dsn import postgres_place
 from balancesync.errors import BalanceSyncError, Locked, PostgresUnavailable, Unavailable
 from balancesync.model import Counts
 from balancesync.runner import Runner, Ticket, progress_document
@@ -130,7 +131,7 @@ class Facts:
         return document | {
             "name": self._state.name,
             "leader": self._state.leader_name,
-            "database": urls.postgres_place(self._config.postgres.dsn.get_secret_value()),
+            "database": postgres_place(self._config.postgres.dsn.get_secret_value()),
             "schema": self._config.postgres.schema,
             "queued_runs": [str(ticket.run.id) for ticket in self._runner.queued],
             "next_run_at": time_text(min(fires, default=None)),

@@ -5,6 +5,7 @@ SQLSTATE classes: PostgreSQL manual, appendix A.
     can't connect, 08*, 57P01-57P03, 53300,      PostgresUnavailable   postpone, try again
     25006 read-only, 25P03, 25P04, time-outs
     28*, 3D000 user, password, database          ConfigError           someone must act
+    42P05, 26000 prepared statements of others   ConfigError           someone must act
     a setting of the DSN that the server refuses ConfigError           someone must act
     42501 a right is missing                     RightMissing          someone must act
     other 53* disk, memory, limits; 55* state;   Transient             try again
@@ -42,7 +43,12 @@ DRIVER_ERRORS: Final = (
 # Classes of errors that no row is to blame for: connection, transaction, authorization, catalog,
 # rollback, resources, state, operator, system, bug. A trigger may raise whatever else it likes.
 # https://www.postgresql.org/docs/current/errcodes-appendix.html
-NOT_OF_A_ROW: Final = frozenset(("08", "25", "28", "3D", "40", "53", "55", "57", "58", "XX"))
+NOT_OF_A_ROW: Final = frozenset(("08", "25", "26", "28", "3D", "40", "53", "55", "57", "58", "XX"))
+# Pooling of transactions or statements. PgBouncer's word for what is needed is told with it.
+POOLED: Final = (
+    "is behind a pooler that gives us no session of our own: let postgres.dsn name PostgreSQL's own"
+    " port, or a port of the pooler that gives sessions (PgBouncer: pool_mode = session)"
+)
 # What a server says of a setting in the DSN that it doesn't know or take.
 BAD_SETTING: Final = (
     asyncpg.UndefinedObjectError,
@@ -72,9 +78,20 @@ _MEANINGS: Final[tuple[tuple[tuple[type[Exception], ...], type[BalanceSyncError]
         Transient,
         "is short of space: {}; free some, the run is repeated",
     ),
+    # Another session than the one in which the driver prepared its statements.
+    (
+        (asyncpg.DuplicatePreparedStatementError, asyncpg.InvalidSQLStatementNameError),
+        ConfigError,
+        POOLED,
+    ),
     ((asyncpg.TooManyConnectionsError,), PostgresUnavailable, "has no free connection: {}"),
     ((asyncpg.InsufficientResourcesError,), Transient, "is at a limit: {}; raise it there"),
-    ((asyncpg.ReadOnlySQLTransactionError,), PostgresUnavailable, "is read-only or a standby: {}"),
+    (
+        (asyncpg.ReadOnlySQLTransactionError,),
+        PostgresUnavailable,
+        "is read-only or a standby: {}; of a primary see default_transaction_read_only of the"
+        " server, the database and the role",
+    ),
     (
         (
             asyncpg.QueryCanceledError,
@@ -142,6 +159,7 @@ def _said(error: BaseException) -> str:
 
 def is_of_a_row(error: asyncpg.PostgresError) -> bool:
     """Whether it may be the fault of one row that is written, and not of what all rows meet."""
-    if isinstance(error, asyncpg.InsufficientPrivilegeError):
+    of_session = asyncpg.InsufficientPrivilegeError | asyncpg.DuplicatePreparedStatementError
+    if isinstance(error, of_session):
         return False
     return (error.sqlstate or "XX")[:2] not in NOT_OF_A_ROW

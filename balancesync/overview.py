@@ -8,12 +8,12 @@ from time import perf_counter
 from typing import Final, Literal
 from zoneinfo import ZoneInfo
 
-from balancesync import urls
 from balancesync.config import Config, RedisConfig, ScheduleConfig
 from balancesync.continuity import Sighting
 from balancesync.database import Connection, Database, Steps, load_sql, lock_key
 from balancesync.documents import Document, run_document
-from balancesync.errors import BalanceSyncError
+from balancesync.dsn import postgres_place
+from balancesync.errors import BalanceSyncError, PostgresUnavailable
 from balancesync.fires import longest_gap
 from balancesync.model import Run, exceeds
 from balancesync.records import Records, Remembered, elsewhere
@@ -87,6 +87,19 @@ async def probe_postgres(database: Database) -> Server:
         return await database.ask(question, _PROBE_S, reserved=True)
     except BalanceSyncError as error:
         return Server(connected=False, error=str(error))
+
+
+async def why_away(database: Database) -> int:
+    """The exit code of what keeps PostgreSQL from answering; 75 if it may pass."""
+    try:
+        await database.ask(_nothing, _PROBE_S, reserved=True)
+    except BalanceSyncError as error:
+        return error.exit_code
+    return PostgresUnavailable.exit_code
+
+
+async def _nothing(connection: Connection) -> None:
+    await connection.execute("SELECT 1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +200,7 @@ async def status(config: Config, database: Database, source: Source) -> Document
     leader = await _ask_leader(database) if postgres.connected else None
     checks = server_checks(redis, postgres) | _checks(config, recorded)
     return status_document(redis, postgres, recorded) | {
-        "database": urls.postgres_place(config.postgres.dsn.get_secret_value()),
+        "database": postgres_place(config.postgres.dsn.get_secret_value()),
         "schema": config.postgres.schema,
         "leader": leader,
         "health": health_document(checks),

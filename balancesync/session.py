@@ -5,30 +5,34 @@ Lose the connection, and lock and staging are lost together: nothing has to be f
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from datetime import datetime
 from typing import Any, Final, TypeVar
+from uuid import uuid4
 
 import asyncpg
+import structlog
 
 from balancesync.database import NO_LIMIT, Connection, Database, load_sql, lock_key
-from balancesync.errors import PostgresUnavailable, RunFailed
+from balancesync.errors import BalanceSyncError, PostgresUnavailable, RunFailed
 from balancesync.locks import take_lock, yield_lock
 
 T = TypeVar("T")
 
+log = structlog.get_logger("balancesync")
+
 # Enough for the hash join of a million narrow rows in one pass; more rows spill to disk.
-_SETTINGS: Final = {
-    "work_mem": "64MB",
-    "temp_buffers": "32MB",
-    "jit": "off",
-    # Under a stricter one that the role has by default, a row that another writes is an error.
-    "default_transaction_isolation": "read committed",
-    "statement_timeout": "0",
-    "idle_in_transaction_session_timeout": "0",
-}
-_SETTINGS_17: Final = {"transaction_timeout": "0"}
+_SETTINGS: Final = {"work_mem": "64MB", "temp_buffers": "32MB", "jit": "off"}
+# The lock is what others know the session by; see `sql/session.sql`.
+_BEGIN: Final = ", ".join(
+    (
+        "SELECT pg_postmaster_start_time() AS since",
+        "pg_try_advisory_lock($1)",
+        *(f"set_config('{name}', '{value}', false)" for name, value in _SETTINGS.items()),
+    )
+)
 _CLOSE_S: Final = 2.0
+_END_POLL_S: Final = 0.02
 # A statement may end, and its reply be under way, just when a probe looks.
 _REPLY_S: Final = 1.0
 # How long a statement that is to be whole may be silent once its run is told to end.
@@ -49,6 +53,8 @@ class Session:
         self.connection = connection
         self._on_alive = on_alive
         self._ending = ending
+        self._key = lock_key("session", uuid4().hex)
+        self._sql = load_sql("session")
 
     @classmethod
     async def open(
@@ -65,22 +71,13 @@ class Session:
         if ending is None:
             ending = asyncio.get_running_loop().create_future()
         session = cls(database, await cls._connect(database, ending), on_alive, ending)
-        # Nobody but the operator can end the wait for a lock, and that not for a session of ours.
-        settings = _SETTINGS | {"lock_timeout": f"{round(database.config.lock_timeout * 1000)}ms"}
-        if session.connection.get_server_version() >= (17,):
-            settings |= _SETTINGS_17
         try:
             with database.translated():
-                for name, value in settings.items():
-                    await session.connection.execute(
-                        "SELECT set_config($1, $2, false)", name, value
-                    )
-                database.server_since = await session.connection.fetchval(
-                    "SELECT pg_postmaster_start_time()"
-                )
+                since = await session.connection.fetchval(_BEGIN, session._key)
         except BaseException:
             session.drop()
             raise
+        database.server_since = since
         return session
 
     @staticmethod
@@ -104,13 +101,31 @@ class Session:
         """Free the locks and drop the connection with its temporary tables.
 
         PostgreSQL would notice the end of the connection a moment later than the next run starts.
+        And one that is lost already may be at work there still, and commit what this run has given
+        up: then PostgreSQL is asked to end it, and that is waited for.
         """
-        with suppress(asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError):
+        try:
             async with asyncio.timeout(_CLOSE_S):
                 if not self.connection.is_closed() and self.connection.is_in_transaction():
                     await self.connection.execute("ROLLBACK")
                 await self.connection.execute("SELECT pg_advisory_unlock_all()")
-        self.drop()
+        except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError):
+            self.drop()
+            await self._end()
+        else:
+            self.drop()
+
+    async def _end(self) -> None:
+        try:
+            async with asyncio.timeout(_CLOSE_S):
+                while True:
+                    if await self._ask_of_it("end", _CLOSE_S) is None:
+                        return
+                    await asyncio.sleep(_END_POLL_S)
+        except (BalanceSyncError, TimeoutError) as error:
+            said = str(error) or f"it goes on after {_CLOSE_S:g} s"
+            # The next writer waits for its lock, whatever becomes of it.
+            log.warning("a lost session of PostgreSQL may commit what it was at", error=said)
 
     def drop(self) -> None:
         """Drop the connection, whatever it's at; its locks fall when PostgreSQL notices."""
@@ -228,16 +243,9 @@ class Session:
             self._on_alive()
 
     async def _prove_alive(self, task: asyncio.Future[Any], within_s: float) -> None:
-        pid = self.connection.get_server_pid()
-
-        async def question(probe: Connection) -> str | None:
-            found: str | None = await probe.fetchval(
-                "SELECT state FROM pg_stat_activity WHERE pid = $1", pid
-            )
-            return found
-
-        state = await self.database.ask(question, within_s, reserved=True)
-        if state == "active":
+        state = await self._ask_of_it("state", within_s)
+        # What is hidden has a transaction at least: one that stays idle, PostgreSQL ends itself.
+        if state in ("active", "hidden"):
             return
         await asyncio.wait({task}, timeout=_REPLY_S)
         if not task.done():
@@ -245,6 +253,17 @@ class Session:
                 f"PostgreSQL at {self.database.address} isn't working on the statement that this"
                 f" run waits for (its session is {state or 'gone'})"
             )
+
+    async def _ask_of_it(self, name: str, within_s: float) -> Any:
+        """Ask of this session on another connection; None if PostgreSQL has it no more."""
+
+        async def question(probe: Connection) -> Any:
+            async with probe.transaction():
+                # Its state shows to the role that logged in, and not to one that was set then.
+                await probe.execute("SET LOCAL ROLE NONE")
+                return await probe.fetchval(self._sql[name], self._key)
+
+        return await self.database.ask(question, within_s, reserved=True)
 
 
 def _see(task: asyncio.Future[Any]) -> None:

@@ -15,6 +15,7 @@ import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
 
 from balancesync.config import Config, LogConfig
+from balancesync.dsn import read_postgres_dsn
 
 HIDDEN: Final = "***"
 # A shorter secret would tear holes into words that have nothing to do with it.
@@ -71,6 +72,8 @@ def secrets_of(config: Config) -> tuple[str, ...]:
         if at:
             found.add(user_info.partition(":")[2])
         found.update(value for name, value in parse_qsl(query) if "password" in name)
+    # One may stand in a service file.
+    found.add(read_postgres_dsn(config.postgres.dsn.get_secret_value()).password or "")
     decoded = {unquote(secret) for secret in found}
     return tuple(
         sorted((s for s in found | decoded if len(s) >= _SHORTEST_SECRET), key=len, reverse=True)

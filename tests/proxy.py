@@ -31,6 +31,7 @@ class _Link:
     client: asyncio.StreamWriter
     server: asyncio.StreamWriter | None = None
     loses_reply: asyncio.Event | None = None
+    muted: asyncio.Event | None = None
     is_stranded: bool = False
 
     def close(self, *, reset: bool = False) -> None:
@@ -159,6 +160,14 @@ class Proxy:
 
         return self._watch(pattern, later, act)
 
+    def mute(self, pattern: bytes, *, later: int = 0) -> asyncio.Event:
+        """Pass this on, then have all replies of the connection disappear, which stays open."""
+
+        def act(link: _Link, event: asyncio.Event) -> None:
+            link.muted = event
+
+        return self._watch(pattern, later, act)
+
     def _watch(
         self, pattern: bytes, later: int, act: Callable[[_Link, asyncio.Event], None]
     ) -> asyncio.Event:
@@ -201,6 +210,9 @@ class Proxy:
                     link.loses_reply.set()
                     link.close(reset=True)
                     return
+                elif link.muted is not None:
+                    link.muted.set()
+                    continue
                 await asyncio.sleep(self.latency + (len(chunk) / self.rate if self.rate else 0))
                 await self._flows.wait()
                 if not up and self._left is not None:

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 from pydantic import SecretStr, ValidationError
 
-from balancesync import settings, urls
+from balancesync import settings
 from balancesync.columns import ColumnType, Template
 from balancesync.config import Config, HttpConfig, JobConfig, MappingConfig, RedisConfig, load
+from balancesync.dsn import postgres_place
 from balancesync.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
@@ -566,6 +567,8 @@ def test_redis_urls_refused(url: str, expected: str, file: Path) -> None:
         # Settings of the server.
         "postgresql://h/d?search_path=a,b&statement_timeout=5s&application_name=x&my.own=1",
         "postgresql://h/d?ssl_min_protocol_version=TLSv1.3&tcp_user_timeout=5&options=-c%20a%3Db",
+        "postgresql://h/d?client_encoding=utf-8&options=-cclient_encoding%3DUTF8",
+        "postgresql://h/d?ssl=true",
     ],
 )
 def test_postgres_dsns_taken(dsn: str, file: Path) -> None:
@@ -604,6 +607,23 @@ def test_postgres_dsns_taken(dsn: str, file: Path) -> None:
             "must have one of TLSv1, TLSv1.1, TLSv1.2, TLSv1.3 as its option",
         ),
         (f"postgresql://h/d?port={SECRET}", "must have a port as its option port"),
+        ("postgresql://h/d?port=0", "must have a port as its option port"),
+        ("postgresql://a,b,c/d?port=1,2", "must give one port for all hosts, or one for each"),
+        ("postgresql:///d?host=h:5433", "must give the port as its option port, not behind"),
+        ("postgresql://h/d?ssl=verify", "can't have the option ssl, which must go: sslmode is for"),
+        ("postgresql://h/d?client_encoding=LATIN1", "must have UTF8 as client_encoding, if any"),
+        ("postgresql://h/d?Client_Encoding=auto", "must have UTF8 as client_encoding, if any"),
+        (
+            "postgresql://h/d?options=-c%20client_encoding%3Dlatin1",
+            "must have UTF8 as client_encoding, if any",
+        ),
+        ("postgresql://h/d?options=--client-encoding%3Dwin1252", "must have UTF8 as client_enc"),
+        ("postgresql://h/d?options=-d%205", "can have nothing but settings as its option options"),
+        (
+            "postgresql://h/d?session_replication_role=replica",
+            "can't have session_replication_role",
+        ),
+        ("postgresql://h/d?service=nowhere", "names a service that none of "),
         (
             "postgresql://h/d?sslmode=require&sslrootcert=/nowhere/root.crt",
             "names a file that can't be used as sslrootcert: No such file or directory",
@@ -633,10 +653,13 @@ def test_postgres_dsns_refused(dsn: str, expected: str, file: Path) -> None:
         ("postgresql://u@B:1,a/?dbname=d%2Fe", "a:5432,b:1/d/e"),
         ("postgresql://u:p@h", "h:5432/u"),
         ("postgresql://h?user=u", "h:5432/u"),
+        ("postgresql://h:1/d?port=2", "h:2/d"),
+        ("postgresql://a:1,b/d", "a:1,b:5432/d"),
+        ("postgresql://a/d?host=b&dbname=e+f", "b:5432/e+f"),
     ],
 )
 def test_one_place_has_one_name(dsn: str, place: str) -> None:
-    assert urls.postgres_place(dsn) == place
+    assert postgres_place(dsn) == place
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "::1", "localhost"])
