@@ -1,4 +1,4 @@
-"""The house keeps its measure: modules of 400 lines at most, functions of 50 without docstring."""
+"""The house keeps its measure: modules of 600 lines at most, functions of 50 without docstring."""
 
 import ast
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ def functions(node: ast.AST, name: str) -> Iterator[tuple[str, int]]:
 
 def test_modules_fit_on_a_few_screens() -> None:
     lengths = {each.stem: len(each.read_text().splitlines()) for each in MODULES}
-    assert {name: count for name, count in lengths.items() if count > 400} == {}
+    assert {name: count for name, count in lengths.items() if count > 600} == {}
 
 
 def test_functions_fit_on_one_screen() -> None:
