@@ -111,6 +111,7 @@ class Attempt(ABC):
 
     async def _meet(self, session: Session) -> Identity:
         """Look who Redis is; another one than the last run's is worth a warning."""
+        await self._source.listen()
         if self._writes:
             moment, at = await self._records.moment(session.connection)
         else:

@@ -229,8 +229,8 @@ class Connection(asyncio.Protocol):
         try:
             self._reader.feed(data)
             while (reply := self._reader.gets()) is not _MORE:
-                if self._on_message and type(reply) is list and reply[0] == b"message":
-                    self._on_message(reply[2])
+                if self._on_message and (message := _message(reply)):
+                    self._on_message(message[-1])
                     continue
                 if not waiting:
                     self._abort(self.explain(str(reply), b"the connection"))
@@ -310,3 +310,10 @@ class Connection(asyncio.Protocol):
 
     def _unavailable(self, what: str) -> RedisUnavailable:
         return RedisUnavailable(f"Redis at {self.address} {what}")
+
+
+def _message(reply: Any) -> list[Any] | None:
+    """What a channel brings, or over RESP3 a push; None if it's a reply."""
+    if type(reply) is list:
+        return reply if reply and reply[0] == b"message" else None
+    return reply if isinstance(reply, hiredis.PushNotification) else None

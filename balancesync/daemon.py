@@ -15,6 +15,7 @@ from balancesync import __version__
 from balancesync.config import Config, JobConfig
 from balancesync.database import Database
 from balancesync.documents import Document
+from balancesync.ear import Ear
 from balancesync.errors import BalanceSyncError
 from balancesync.leadership import Leadership
 from balancesync.live import Live
@@ -22,6 +23,7 @@ from balancesync.metrics import Metrics
 from balancesync.model import Mode, Request
 from balancesync.notify import Notifier
 from balancesync.probing import Probing
+from balancesync.records import Records
 from balancesync.runner import Runner
 from balancesync.schedule import Schedule
 from balancesync.source import Source
@@ -29,6 +31,7 @@ from balancesync.state import Events, State
 from balancesync.web import Web
 
 _STATUS_S: Final = 1.0
+_MOMENT_S: Final = 5.0
 # Live mode waits some seconds for a flush, and may wait long for a server that hangs.
 _FINISH_S: Final = 15.0
 _SECOND_SIGNAL: Final = 1
@@ -48,6 +51,8 @@ class Daemon:
         self._notifier = notifier or Notifier()
         self._database = Database(config.postgres)
         self._source = Source(config.redis)
+        self._ear = Ear(self._source, self._moment, self._look)
+        self._source.ear = self._ear
         self.metrics = Metrics(
             __version__,
             [mapping.name for mapping in config.mapping],
@@ -114,11 +119,19 @@ class Daemon:
             self._notifier.send("STOPPING=1")
             self._schedule.stop()
             await self._web.stop()
+            await self._ear.close()
             await self._source.close()
             await self._database.close()
             for number in handlers:
                 loop.remove_signal_handler(number)
             log.info("balancesync has stopped", name=self.state.name)
+
+    def _look(self) -> None:
+        self._probing.stir()
+
+    async def _moment(self) -> int:
+        """PostgreSQL's count of transactions."""
+        return (await self._database.ask(Records(self._database).moment, _MOMENT_S))[0]
 
     async def _serve(self) -> None:
         async with asyncio.TaskGroup() as group:

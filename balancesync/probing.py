@@ -20,6 +20,7 @@ from balancesync.model import Known, Request
 from balancesync.overview import Server, look_at_redis, probe_postgres, split_refusals
 from balancesync.part import reading_of
 from balancesync.records import Records
+from balancesync.renewal import Renewal
 from balancesync.runner import Publish, Runner
 from balancesync.source import Source
 from balancesync.state import State
@@ -70,6 +71,7 @@ class Probing:
         self._pause = _TROUBLED_S
         self._retry_at = 0.0
         self._stirred = asyncio.Event()
+        self._renewal = Renewal(config, database, source)
 
     async def serve(self) -> None:
         """Probe until cancelled."""
@@ -78,7 +80,10 @@ class Probing:
             well = self._state.redis.connected and self._state.postgres.connected
             await self.record_late()
             await self._refresh()
+            if well:
+                await self._source.listen()
             if well and self._state.leader:
+                await self._attempt(self._renewal.renew())
                 await self._watch_size()
                 self._recover()
             with suppress(TimeoutError):
@@ -97,6 +102,10 @@ class Probing:
         self._tell("postgres", self._state.postgres, postgres)
         self._state.redis, self._state.postgres = redis, postgres
         self._state.seen = seen or self._state.seen
+
+    def stir(self) -> None:
+        """Look at both servers at once."""
+        self._stirred.set()
 
     def take(self, kind: str, document: Dictionary[str, Any]) -> None:
         """Hear of an event: a run that ended changes what the metrics must know.

@@ -18,13 +18,14 @@ leads to.
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import perf_counter
-from typing import Final, Self
+from typing import Final, Protocol, Self
 
 from balancesync.access import Address, parse
 from balancesync.config import RedisConfig
 from balancesync.connection import Connection, connect
+from balancesync.continuity import Primary
 from balancesync.errors import ConfigError, RedisUnavailable, SourceChanged, Transient
 from balancesync.model import RawBatch, RawValue
 from balancesync.nodes import (
@@ -86,6 +87,16 @@ class _Shared:
             await primary.connection.close()
 
 
+class Listener(Protocol):
+    """Who hears whether Redis is emptied: see `ear`."""
+
+    async def tend(self) -> None:
+        """Listen to every primary there is now."""
+
+    async def heard_since(self, address: Address, primary: Primary) -> int | None:
+        """Since when it has listened to this primary without a break."""
+
+
 class Source:
     """Redis as `config` names it. Every method that speaks to it raises what `answers` lists."""
 
@@ -95,6 +106,7 @@ class Source:
         self._address, self._access = parse(
             config.url.get_secret_value(), timeout=config.timeout, clustered=config.cluster
         )
+        self.ear: Listener | None = None
         self._shared: _Shared | None = None
         self._known: tuple[Address, ...] = ()
         self._opening = asyncio.Lock()
@@ -115,7 +127,24 @@ class Source:
         """Who Redis is now."""
         async with self._open() as shared:
             nodes = [await self._describe(p.connection) for p in shared.primaries.values()]
+        if self.ear is not None:
+            nodes = [await self._heard(self.ear, node) for node in nodes]
         return Identity(tuple(nodes))
+
+    async def listen(self) -> None:
+        """Listen to all primaries from now on, where somebody has given this an ear."""
+        if self.ear is not None:
+            await self.ear.tend()
+
+    @staticmethod
+    async def _heard(ear: Listener, node: Node) -> Node:
+        since = await ear.heard_since(node.address, node.primary)
+        return replace(node, primary=replace(node.primary, heard_since=since))
+
+    async def primaries(self) -> tuple[Address, ...]:
+        """Where the primaries are."""
+        async with self._open() as shared:
+            return shared.layout.addresses
 
     async def dbsize(self) -> dict[str, int]:
         """The number of keys of each primary by its address, of every kind."""
@@ -196,6 +225,15 @@ class Source:
         del sample.batch.keys[limit:], sample.batch.values[limit:], sample.ttls[limit:]
         return sample
 
+    async def open_at(self, address: Address) -> tuple[Connection, Node]:
+        """A connection of the caller's own to one of the primaries, and who that is."""
+        connection = await connect(address, self._access)
+        try:
+            return connection, await self._describe(connection)
+        except BaseException:
+            await connection.close()
+            raise
+
     async def open_own(self) -> tuple[Connection, Identity]:
         """A connection of the caller's own to the one primary, and who that is.
 
@@ -204,12 +242,8 @@ class Source:
         if self._config.cluster:
             raise ConfigError("live mode isn't available for a cluster yet (redis.cluster = true)")
         layout = await self._locate()
-        connection = await connect(layout.addresses[0], self._access)
-        try:
-            return connection, Identity((await self._describe(connection),))
-        except BaseException:
-            await connection.close()
-            raise
+        connection, node = await self.open_at(layout.addresses[0])
+        return connection, Identity((node,))
 
     async def check_own(self, connection: Connection, identity: Identity) -> None:
         """Raise SourceChanged unless that connection still leads to the same, untouched primary."""

@@ -14,7 +14,7 @@ https://redis.io/docs/latest/develop/reference/client-side-caching/ ("Two connec
 """
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AsyncExitStack
 from typing import Any, Final
 
@@ -114,34 +114,10 @@ class Tracking:
         return tracking
 
     async def _begin(self, prefixes: list[bytes]) -> None:
-        number = self._checked(await self._hearing.send(pack((b"CLIENT", b"ID"))), b"CLIENT|ID")
-        self._hearing.listen(self._hear, _REST_S)
-        said = await self._hearing.send(pack((b"SUBSCRIBE", _CHANNEL)))
-        if isinstance(said, hiredis.ReplyError) and "channel" in str(said):
-            raise RightMissing(
-                f"Redis at {self._hearing.address} doesn't let this user hear of changes;"
-                f" ACL SETUSER ... &{_CHANNEL.decode()}, see docs/security.md"
-            )
-        self._checked(said, b"SUBSCRIBE")
-        words = [b"CLIENT", b"TRACKING", b"ON", b"REDIRECT", str(number).encode(), b"BCAST"]
-        # Without a prefix, or with the empty one, it's all keys.
-        for prefix in prefixes:
-            words += [b"PREFIX", prefix] if prefix else []
-        self._checked(await self._asking.send(pack(tuple(words))), b"CLIENT|TRACKING")
+        await begin_tracking(self._hearing, self._asking, prefixes, self._hear, _REST_S)
         lost = f"the connection to Redis at {self._asking.address} was lost"
         for connection in (self._hearing, self._asking):
             connection.ended.add_done_callback(lambda _: self.miss(lost))
-
-    def _checked(self, reply: Any, command: bytes) -> Any:
-        if isinstance(reply, hiredis.ReplyError):
-            text = str(reply)
-            if text.startswith("ERR"):
-                raise ConfigError(
-                    f"Redis at {self._asking.address} doesn't tell of changes: it answers"
-                    f" {command.decode().replace('|', ' ')} with: {text}"
-                )
-            raise self._asking.explain(text, command)
-        return reply
 
     def take(self) -> tuple[set[bytes], list[float]]:
         """The keys told since the last time, and times of the loop at which some of them came."""
@@ -208,3 +184,57 @@ class Tracking:
         if len(self._changed) > self._limit:
             self.miss("more keys changed at once than live.max_pending allows")
         self._stirred.set()
+
+
+async def begin_tracking(
+    hearing: Connection,
+    asking: Connection,
+    prefixes: list[bytes],
+    hear: Callable[[list[bytes] | None], None],
+    rest_s: float,
+) -> None:
+    """Have `hear` called on `hearing` with the keys with these prefixes that change, and with None
+    when Redis is emptied, while both connections are open.
+
+    Raises RightMissing, or ConfigError: this Redis doesn't do so.
+    """
+    number = _checked(hearing, await hearing.send(pack((b"CLIENT", b"ID"))), b"CLIENT|ID")
+    hearing.listen(hear, rest_s)
+    said = await hearing.send(pack((b"SUBSCRIBE", _CHANNEL)))
+    if isinstance(said, hiredis.ReplyError) and "channel" in str(said):
+        raise RightMissing(
+            f"Redis at {hearing.address} doesn't let this user hear of changes;"
+            f" ACL SETUSER ... &{_CHANNEL.decode()}, see docs/security.md"
+        )
+    _checked(hearing, said, b"SUBSCRIBE")
+    words = [b"CLIENT", b"TRACKING", b"ON", b"REDIRECT", str(number).encode(), b"BCAST"]
+    # Without a prefix, or with the empty one, it's all keys.
+    for prefix in prefixes:
+        words += [b"PREFIX", prefix] if prefix else []
+    _checked(asking, await asking.send(pack(tuple(words))), b"CLIENT|TRACKING")
+
+
+async def begin_pushes(
+    connection: Connection, prefix: bytes, hear: Callable[[list[bytes] | None], None]
+) -> None:
+    """The same over RESP3, on one connection; for a prefix that hardly anything has: who reads too
+    slowly isn't cut off here, and would fill Redis' memory.
+
+    Raises RightMissing, or ConfigError: this Redis doesn't do so.
+    """
+    connection.listen(hear, 0)
+    _checked(connection, await connection.send(pack((b"HELLO", b"3"))), b"HELLO")
+    words = (b"CLIENT", b"TRACKING", b"ON", b"BCAST", b"PREFIX", prefix)
+    _checked(connection, await connection.send(pack(words)), b"CLIENT|TRACKING")
+
+
+def _checked(connection: Connection, reply: Any, command: bytes) -> Any:
+    if not isinstance(reply, hiredis.ReplyError):
+        return reply
+    text = str(reply)
+    if text.startswith(("ERR", "NOPROTO")):
+        raise ConfigError(
+            f"Redis at {connection.address} doesn't tell of changes: it answers"
+            f" {command.decode().replace('|', ' ')} with: {text}"
+        )
+    raise connection.explain(text, command)

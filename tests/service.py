@@ -3,7 +3,7 @@
     async with Service(server.port, hidden={"run_id"}, refused={"CONFIG", "CLIENT TRACKING"}) as it:
         Source(RedisConfig(url=SecretStr(it.url)))
 
-It speaks RESP2, understands each command and each reply, and keeps their order.
+It speaks RESP2 and RESP3, understands each command and each reply, and keeps their order.
 """
 
 import asyncio
@@ -117,7 +117,8 @@ class Service:
         while chunk := await answers.read(_CHUNK):
             parser.feed(chunk)
             while (reply := parser.gets()) is not Ellipsis:
-                if isinstance(reply, list) and reply and reply[0] == b"message":
+                is_push = isinstance(reply, hiredis.PushNotification)
+                if is_push or (isinstance(reply, list) and reply and reply[0] == b"message"):
                     writer.write(_packed(reply))
                     continue
                 name, _ = expected.popleft()
@@ -145,6 +146,11 @@ def _say_in_turn(writer: asyncio.StreamWriter, expected: deque[tuple[str, bytes 
 
 
 def _packed(reply: Any) -> bytes:
+    if isinstance(reply, dict):
+        pairs = [each for pair in reply.items() for each in pair]
+        return b"%%%d\r\n" % len(reply) + b"".join(map(_packed, pairs))
+    if isinstance(reply, hiredis.PushNotification):
+        return b">%d\r\n" % len(reply) + b"".join(map(_packed, reply))
     if isinstance(reply, list):
         return b"*%d\r\n" % len(reply) + b"".join(map(_packed, reply))
     if isinstance(reply, hiredis.ReplyError):
