@@ -252,9 +252,9 @@ class Records:
         Healed are those of the mappings `scanned`, and those of none of the `configured` ones, None
         for all. What is kept already is left alone. To be called in a transaction.
         """
-        # With a table that it believes to be empty, the planner would merge by the mapping alone:
-        # a million rejects would each be held against each.
-        await connection.execute("SET LOCAL enable_mergejoin = off")
+        # Believing a table to be empty, the planner would hold each reject against each.
+        for setting in ("enable_seqscan", "enable_mergejoin", "enable_material"):
+            await connection.execute(f"SET LOCAL {setting} = off")
         # However many they are: whoever calls this watches over it.
         await connection.execute(self._sql["merge_rejects"], at, run.id, timeout=NO_LIMIT)
         await connection.execute(

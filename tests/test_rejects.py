@@ -13,7 +13,9 @@ from engine import Engine
 from redis.asyncio import Redis
 
 from balancesync.errors import RunFailed
+from balancesync.model import Request, new_run
 from balancesync.part import Progress
+from balancesync.session import Session
 
 MakeEngine = Callable[..., Engine]
 COLUMNS = "user_id bigint PRIMARY KEY, balance numeric(20,2), synced_at timestamptz"
@@ -324,3 +326,54 @@ async def test_many_rejects_fill_neither_memory_nor_log(
     assert await pg.fetchval("SELECT count(*) FROM balancesync.rejects") == 25_000
     assert many - few < 15_000
     assert lines < 120
+
+
+MANY = 30_000
+
+
+async def test_what_live_mode_does_for_each_of_many_keys_costs_each_the_same(
+    engine: MakeEngine, pg: asyncpg.Connection
+) -> None:
+    """Held each against each they would take minutes, and PostgreSQL cuts such a statement off."""
+    sync = engine(postgres={"timeout": 20.0})
+    await sync.good()
+    session = await Session.open(sync.database)
+    try:
+        connection = session.connection
+        await session.prepare()
+        await session.plan_by_index()
+        run = new_run(Request("live", "live"))
+        await sync.records.begin(connection, run)
+        keys = [b"balance:x%d" % number for number in range(MANY)]
+        read = {"balances": keys}
+
+        async def merge(value: bytes, rejected: list[bytes]) -> None:
+            await connection.copy_records_to_table(
+                "staged_rejects",
+                schema_name="pg_temp",
+                records=[("balances", key, value, "not_a_number", "no") for key in rejected],
+                columns=["mapping", "key", "value", "reason", "detail"],
+            )
+            at = await session.clock()
+            await sync.records.merge_keyed_rejects(connection, run, at, read, staged=True)
+
+        def count(value: bytes) -> Any:
+            sql = "SELECT count(*) FROM balancesync.rejects WHERE value = $1 AND healed_at IS NULL"
+            return pg.fetchval(sql, value)
+
+        # New ones, the same again, others of the same keys, and half of them no more.
+        for value, rejected in ((b"x", keys), (b"x", keys), (b"y", keys), (b"y", keys[1::2])):
+            await merge(value, rejected)
+            assert await count(value) == len(rejected)
+        await merge(b"y", [])
+        assert await count(b"y") == 0
+
+        texts = [(str(number),) for number in range(MANY)]
+        await sync.records.record_pruned(connection, "balances", run.id, texts)
+        pruned = await sync.records.pruned(connection, "balances", [*texts[1:], ("x",)])
+        assert set(pruned) == set(texts[1:])
+        await sync.records.withdraw_pruned(connection, "balances", texts[1:])
+        assert await pg.fetchval("SELECT array_agg(key) FROM balancesync.pruned") == [["0"]]
+        assert await pg.fetchval("SELECT pruned FROM balancesync.baselines") == 1
+    finally:
+        await session.close()

@@ -80,6 +80,8 @@ WHERE ($1::text IS NULL OR mapping = $1) AND ($2::text IS NULL OR reason = $2)
 ORDER BY healed_at IS NOT NULL, changed_at DESC, mapping, key_hash LIMIT $4;
 
 -- name: merge_rejects
+-- Looked up one by one, by the primary key alone (so not with `healed_at IS NULL`, which has an index
+-- of its own): to a planner that knows of no rows, any other join would do as well.
 WITH latest AS (
     SELECT DISTINCT ON (mapping, key) mapping, sha256(key) AS key_hash, key, value, reason, detail
     FROM pg_temp.staged_rejects ORDER BY mapping, key, ctid DESC
@@ -90,8 +92,10 @@ SELECT mapping, key_hash, key, value, reason, detail, $1::timestamptz, $1::times
 FROM latest AS l
 WHERE NOT EXISTS (
     SELECT FROM {schema}.rejects AS o
-    WHERE o.mapping = l.mapping AND o.key_hash = l.key_hash AND o.healed_at IS NULL
-        AND o.reason = l.reason AND o.value IS NOT DISTINCT FROM l.value AND o.detail = l.detail)
+    WHERE o.mapping = l.mapping AND o.key_hash = l.key_hash
+        AND coalesce(o.healed_at, 'infinity') = 'infinity'
+        AND o.reason = l.reason AND o.value IS NOT DISTINCT FROM l.value AND o.detail = l.detail
+    OFFSET 0)
 ON CONFLICT (mapping, key_hash) DO UPDATE SET value = EXCLUDED.value, reason = EXCLUDED.reason,
     detail = EXCLUDED.detail, changed_at = EXCLUDED.changed_at, run_id = EXCLUDED.run_id,
     first_seen = CASE WHEN r.healed_at IS NULL THEN r.first_seen ELSE EXCLUDED.first_seen END,
@@ -101,17 +105,21 @@ ON CONFLICT (mapping, key_hash) DO UPDATE SET value = EXCLUDED.value, reason = E
 UPDATE {schema}.rejects AS r SET healed_at = $1::timestamptz
 WHERE (r.mapping = ANY($2::text[]) OR r.mapping <> ALL($3::text[])) AND r.healed_at IS NULL
     AND NOT EXISTS (
-    SELECT FROM pg_temp.staged_rejects AS s WHERE s.mapping = r.mapping AND s.key = r.key);
+    SELECT FROM pg_temp.staged_rejects AS s
+    WHERE s.mapping = r.mapping AND sha256(s.key) = r.key_hash);
 
 -- name: mappings_with_rejects
 SELECT m.mapping FROM unnest($1::text[]) AS m (mapping)
 WHERE EXISTS (SELECT FROM {schema}.rejects AS r WHERE r.mapping = m.mapping AND r.healed_at IS NULL);
 
 -- name: heal_keys
+-- By the primary key, too.
 UPDATE {schema}.rejects AS r SET healed_at = $1::timestamptz
-FROM unnest($3::bytea[]) AS k (key)
-WHERE r.mapping = $2 AND r.key_hash = sha256(k.key) AND r.healed_at IS NULL AND NOT EXISTS (
-    SELECT FROM pg_temp.staged_rejects AS s WHERE s.mapping = r.mapping AND s.key = r.key);
+WHERE r.mapping = $2 AND coalesce(r.healed_at, 'infinity') = 'infinity' AND r.key_hash = ANY (ARRAY(
+    SELECT sha256(k.key) FROM unnest($3::bytea[]) AS k (key)
+    WHERE NOT EXISTS (
+        SELECT FROM pg_temp.staged_rejects AS s
+        WHERE s.mapping = $2 AND sha256(s.key) = sha256(k.key) OFFSET 0)));
 
 -- name: empty_rejects
 DELETE FROM pg_temp.staged_rejects;
@@ -183,23 +191,30 @@ DELETE FROM {schema}.pruned WHERE mapping = $1;
 -- $3: the texts of the keys' columns one after the other, $4 of them for each key.
 WITH added AS (
     INSERT INTO {schema}.pruned (mapping, key, run_id)
-    SELECT $1, ($3::text[])[(n - 1) * $4 + 1 : n * $4], $2
-    FROM generate_series(1, cardinality($3::text[]) / $4::int) AS n
+    SELECT $1, array_agg(text ORDER BY place), $2
+    FROM unnest($3::text[]) WITH ORDINALITY AS texts (text, place) GROUP BY (place - 1) / $4::int
     ON CONFLICT DO NOTHING
     RETURNING 1
 )
 UPDATE {schema}.baselines SET pruned = pruned + (SELECT count(*) FROM added) WHERE mapping = $1;
 
 -- name: pruned
-SELECT key FROM {schema}.pruned WHERE mapping = $1 AND key IN (
-    SELECT ($2::text[])[(n - 1) * $3 + 1 : n * $3]
-    FROM generate_series(1, cardinality($2::text[]) / $3::int) AS n);
+-- Looked up one by one, by the primary key, whatever the planner believes of the table.
+SELECT w.key FROM (
+    SELECT array_agg(text ORDER BY place) AS key
+    FROM unnest($2::text[]) WITH ORDINALITY AS texts (text, place) GROUP BY (place - 1) / $3::int
+) AS w
+WHERE EXISTS (SELECT FROM {schema}.pruned AS p WHERE p.mapping = $1 AND p.key = w.key OFFSET 0);
 
 -- name: withdraw_pruned
 WITH gone AS (
-    DELETE FROM {schema}.pruned WHERE mapping = $1 AND key IN (
-        SELECT ($2::text[])[(n - 1) * $3 + 1 : n * $3]
-        FROM generate_series(1, cardinality($2::text[]) / $3::int) AS n)
+    DELETE FROM {schema}.pruned WHERE ctid = ANY (ARRAY(
+        SELECT (SELECT p.ctid FROM {schema}.pruned AS p WHERE p.mapping = $1 AND p.key = w.key)
+        FROM (
+            SELECT array_agg(text ORDER BY place) AS key
+            FROM unnest($2::text[]) WITH ORDINALITY AS texts (text, place)
+            GROUP BY (place - 1) / $3::int
+        ) AS w))
     RETURNING 1
 )
 UPDATE {schema}.baselines SET pruned = pruned - (SELECT count(*) FROM gone) WHERE mapping = $1;

@@ -4,6 +4,8 @@
 -- name: create_rejects
 CREATE TEMP TABLE pg_temp.staged_rejects
     (mapping text NOT NULL, key bytea NOT NULL, value bytea, reason text NOT NULL, detail text NOT NULL);
+-- A key may be longer than an index can hold.
+CREATE INDEX staged_rejects_key ON pg_temp.staged_rejects (mapping, sha256(key));
 
 -- name: create
 CREATE TEMP TABLE {staging} ({key_types}, {value_types}, rejected boolean);
@@ -24,7 +26,8 @@ WITH last AS (
 SELECT DISTINCT {key_texts} FROM dropped WHERE was_rejected AND is_rejected IS NULL;
 
 -- name: withdraw_rejects
-DELETE FROM pg_temp.staged_rejects WHERE mapping = $1 AND key = ANY($2::bytea[]);
+DELETE FROM pg_temp.staged_rejects AS s USING unnest($2::bytea[]) AS w (key)
+WHERE s.mapping = $1 AND sha256(s.key) = sha256(w.key);
 
 -- name: count_rejects
 SELECT count(DISTINCT key) FROM pg_temp.staged_rejects WHERE mapping = $1;
