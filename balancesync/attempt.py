@@ -26,8 +26,8 @@ class Work:
     `committed` is what they applied, by mapping. `on_progress` is called at least once a batch;
     what it raises ends the attempt there. `ending` is that, once it's known, for whoever waits.
     `on_alive` is called during a long statement, whenever PostgreSQL proves to be at work on it.
-    `settle` waits for live mode to have brought over what
-    changed before.
+    `settle` waits for live mode to have brought over what changed before; it returns why that may
+    not be so, None if it is.
     """
 
     config: Config
@@ -38,7 +38,7 @@ class Work:
     on_progress: Callable[[Progress], None]
     on_alive: Callable[[], None]
     ending: asyncio.Future[RunFailed]
-    settle: Callable[[], Awaitable[None]]
+    settle: Callable[[], Awaitable[str | None]]
     committed: dict[str, Applied] = field(default_factory=dict)
 
 

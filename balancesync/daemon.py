@@ -80,7 +80,9 @@ class Daemon:
             runner=self.runner,
             metrics=self.metrics,
         )
-        self.runner.settle = self._live.settle if self._live.enabled else None
+        if self._live.enabled:
+            self.runner.settle = self._live.settle
+            self.runner.keeps_up = lambda: self._live.keeps_up
         self._probing.on_cleared = self._live.ask_again
         self._web = Web(
             config,

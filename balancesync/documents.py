@@ -32,6 +32,8 @@ def run_document(run: Run, reports: Sequence[Report] | None = None) -> Document:
         "duration_s": run.duration_s,
         "attempts": run.attempts,
         **run.counts.as_dict(),
+        "drift": run.drift,
+        "moving": None if run.moving is None else sum(run.moving.values()),
         "warnings": list(run.warnings),
         "error": run.error,
         "mappings": {name: counts.as_dict() for name, counts in run.mappings.items()},
@@ -47,6 +49,7 @@ def report_document(report: Report) -> Document:
         "mapping": report.mapping,
         "rows": [_row_document(report, row) for rows in report.rows.values() for row in rows],
         "totals": dict(report.totals),
+        "moving": report.moving,
     }
 
 

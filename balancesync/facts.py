@@ -7,6 +7,7 @@ it than a second: then the answer is the last that was read, with its age.
 import asyncio
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, Final, Literal
 from uuid import UUID
@@ -17,11 +18,12 @@ from balancesync.database import Database
 from balancesync.documents import Document, run_document
 from balancesync.dsn import postgres_place
 from balancesync.errors import BalanceSyncError, Locked, PostgresUnavailable, Unavailable
-from balancesync.model import Counts
+from balancesync.model import Counts, Run
 from balancesync.runner import Runner, Ticket, progress_document
 from balancesync.schedule import Schedule
 from balancesync.state import Events, State
 from balancesync.times import time_text
+from balancesync.verdict import Ended, Situation, judge
 
 DaemonState = Literal["idle", "running", "standby", "draining"]
 
@@ -63,6 +65,9 @@ class Facts:
         while True:
             with self._events.listen() as events:
                 async for event in events:
+                    if event.kind == "live":
+                        # How far it came is the question now.
+                        self._records.expire()
                     if event.kind == "run_finished":
                         self._take(event.document)
                         # So that it's known, should PostgreSQL go before anybody asks.
@@ -111,6 +116,8 @@ class Facts:
             self._state.redis, self._state.postgres, recorded, self._records.age_s
         )
         recorded_state = document["state"]
+        known_until = self._known_until(recorded)
+        document["safe_until"] = time_text(known_until)
         document["state"] = self.state
         if self._runner.current:
             document["current_run"] = ticket_document(self._runner.current)
@@ -119,16 +126,15 @@ class Facts:
             document["current_run"] |= {"progress": None}
             if document["state"] == "idle":
                 document["state"] = "running"
-        ended = reversed(self.finished.values())
-        last = next((run for run in ended if run["job"] != "live"), None)
-        known = document["last_run"]
-        # PostgreSQL doesn't know of a run that it was away for.
-        if last and (known is None or _end(last) > _end(known)):
-            document["last_run"] = without_report(last)
+        last = self._newer(document["last_run"], lambda run: run["job"] != "live")
+        document["last_run"] = last and without_report(last)
+        health = self._health(recorded)[1]
+        now = self._situation(recorded, health["checks"], known_until)
         # What a draining daemon had planned it won't start.
         jobs = () if self._state.draining else self._schedule.jobs()
         fires = [fire.next_at for fire in jobs if fire.next_at is not None]
         return document | {
+            "verdict": judge(now).document(),
             "name": self._state.name,
             "leader": self._state.leader_name,
             "database": postgres_place(self._config.postgres.dsn.get_secret_value()),
@@ -140,9 +146,46 @@ class Facts:
             "live_pending": self._state.live_pending,
             "live_lag_s": _rounded(self._state.live_lag_s),
             "live_copied_at": time_text(self._state.live_copied_at),
-            "health": self._health(recorded)[1],
+            "health": health,
             "recorded_age_s": None if recorded is None else round(self._records.age_s, 3),
         }
+
+    def _newer(self, known: Document | None, fits: Callable[[Document], bool]) -> Document | None:
+        """The last run of a kind; PostgreSQL doesn't know of one that it was away for."""
+        last = next((run for run in reversed(self.finished.values()) if fits(run)), None)
+        return last if last and (known is None or _end(last) > _end(known)) else known
+
+    def _known_until(self, recorded: overview.Recorded | None) -> datetime | None:
+        """Up to when everything is in PostgreSQL; while that is away, what it last confirmed."""
+        until = recorded.until if recorded else None
+        followed = self._state.followed_until
+        if until is None or followed is None or self._state.postgres.connected:
+            return until
+        return max(until, followed)
+
+    def _situation(
+        self,
+        recorded: overview.Recorded | None,
+        checks: dict[str, Document],
+        until: datetime | None,
+    ) -> Situation:
+        state, ticket = self._state, self._runner.current
+        now = overview.situation(self._config, state.redis, state.postgres, recorded, checks)
+        waits = checks["postponed"]
+        return replace(
+            now,
+            until=until,
+            synced=_ended(self._newer(_document(recorded.synced if recorded else None), _writes)),
+            verified=_ended(
+                self._newer(_document(recorded.verified if recorded else None), _compares)
+            ),
+            current=ticket.run if ticket else now.current,
+            live_wanted=self._config.live.enabled,
+            live=state.live,
+            live_reason=state.live_reason,
+            waits=waits["detail"] if waits["status"] != "ok" else None,
+            stops=state.draining,
+        )
 
     async def health(self) -> tuple[int, Document]:
         """Status code and whether all is well, check by check.
@@ -161,7 +204,7 @@ class Facts:
             checks |= self._recorded_checks(recorded)
             if why is not None:
                 checks["schema"] = overview.check("failed", str(why))
-                checks["lock"] = overview.check("ok", "not known")
+                checks["lock"] = overview.check("degraded", "not known")
         if isinstance(why, Unavailable | Locked):
             # PostgreSQL answers, but somebody locks our tables, or keeps it busy.
             checks["schema"] = overview.check("degraded", str(why))
@@ -335,3 +378,19 @@ def _without(document: Document, member: str) -> Document:
 
 def _end(run: Document) -> str:
     return run["finished_at"] or ""
+
+
+def _writes(run: Document) -> bool:
+    return (run["job"], run["mode"]) == ("sync", "apply")
+
+
+def _compares(run: Document) -> bool:
+    return bool(run["job"] == "verify")
+
+
+def _document(run: Run | None) -> Document | None:
+    return run_document(run) if run else None
+
+
+def _ended(run: Document | None) -> Ended | None:
+    return Ended(run["job"], run["status"], run["error"]) if run else None

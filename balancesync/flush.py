@@ -8,9 +8,10 @@ anything is applied, Redis is asked whether all of it still stands (`Tracking.se
 FLUSHALL took is told by then, and never looks like keys that were deleted one by one.
 """
 
+import asyncio
 from collections.abc import Mapping as Dictionary
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import partial
 from typing import Final
 
@@ -77,6 +78,8 @@ class Flusher:
         self._session: Session | None = None
         self._writers: dict[str, Writer] = {}
         self._server_since: datetime | None = None
+        # PostgreSQL's time when it last told it, and the loop's when its answer was here.
+        self._clock: tuple[datetime, float] | None = None
 
     def forget(self) -> None:
         """A full run has succeeded, or has to: absences are counted from now on.
@@ -89,7 +92,7 @@ class Flusher:
 
     async def close(self) -> None:
         """Close the session; the next flush makes a new one."""
-        session, self._session = self._session, None
+        session, self._session, self._clock = self._session, None, None
         if session is not None:
             await session.close()
 
@@ -116,6 +119,27 @@ class Flusher:
             await self.close()
             raise
         return counts
+
+    async def remember(self, done_until: float) -> datetime:
+        """Write down that all which changed before this time of the loop is in PostgreSQL.
+
+        Returns that time by PostgreSQL's clock. Raises Gap as `flush` does, BalanceSyncError.
+        """
+        loop = asyncio.get_running_loop()
+        try:
+            with self._database.translated(last=True):
+                session = self._session or await self._open()
+                if self._clock is None:
+                    self._clock = await session.clock(), loop.time()
+                told, at = self._clock
+                # The answer took its time: so it's a little earlier than it need be, never later.
+                until = told + timedelta(seconds=done_until - at)
+                now = await self._records.save_followed(session.connection, until)
+                self._clock = now, loop.time()
+        except BaseException:
+            await self.close()
+            raise
+        return until
 
     async def save(self, run: Run) -> None:
         """Record the run as it is now; once it has ended, nothing holds it open any more."""
@@ -157,6 +181,7 @@ class Flusher:
         tracking: Tracking,
         opened: OpenRun,
     ) -> dict[str, Counts]:
+        begun_at = asyncio.get_running_loop().time()
         known = await self._records.remembered(session.connection)
         await self._check_refusals(known)
         keyed = []
@@ -174,6 +199,8 @@ class Flusher:
             except MappingFailed as error:
                 await self._pass_over(session, writer, opened.run, error)
         await tracking.settle()
+        # Reading has looked at the server itself.
+        tracking.prove(begun_at)
         stamp = await self._stamp(session, opened.run)
         for read in keyed:
             name = read.part.mapping.name

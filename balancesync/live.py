@@ -81,7 +81,8 @@ class Live:
         self._covered: dict[str, Tracking] = {}
         self._asked_at = -inf
         self._asked: asyncio.Future[Any] | None = None
-        self._settling: list[asyncio.Future[None]] = []
+        self._settling: list[asyncio.Future[bool]] = []
+        self._remembered_at = -inf
         self._told = ""
         self._next_at = 0.0
         self._pause = _PAUSE_S
@@ -140,6 +141,7 @@ class Live:
             return
         covered = self._covered.pop(run["id"], None)
         if run["status"] == "refused" and self._tracking is not None:
+            self._caught_up = False
             self._tell("catching up", "the guard's refusal stands, see `balancesync status`")
         if run["status"] == "succeeded":
             self._flusher.forget()
@@ -168,16 +170,27 @@ class Live:
             self._asked_at = -inf
             self._nudge()
 
-    async def settle(self) -> None:
-        """Wait until what changed before now is in PostgreSQL, some seconds at most."""
+    @property
+    def keeps_up(self) -> bool:
+        """Whether it's up, or isn't wanted here."""
+        return self._state.live in ("up", "off")
+
+    async def settle(self) -> str | None:
+        """Wait until what changed before now is in PostgreSQL, some seconds at most.
+
+        Returns why it may not be; None: it is.
+        """
         if self._state.live != "up":
-            return
-        settled = asyncio.get_running_loop().create_future()
+            return f"live mode is {self._state.live}"
+        settled: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self._settling.append(settled)
         self._nudge()
-        with suppress(TimeoutError):
+        try:
             async with asyncio.timeout(_SETTLE_S):
-                await settled
+                done = await settled
+        except TimeoutError:
+            return f"live mode hasn't brought over in {_SETTLE_S:g} s what was pending"
+        return None if done else "live mode was interrupted"
 
     async def finish(self) -> None:
         """Bring over what is pending, and follow no more."""
@@ -231,7 +244,8 @@ class Live:
             self._flusher.forget()
             self._count(0)
             self._state.forget_lags()
-            self._free(self._settling)
+            self._remembered_at = -inf
+            self._free(self._settling, done=False)
 
     def _start_up(self) -> None:
         if self._starting:
@@ -248,14 +262,20 @@ class Live:
     async def _turn(self, tracking: Tracking) -> None:
         await self._wait()
         settling, self._settling = self._settling, []
-        if settling:
-            await tracking.settle()
-        self._gather(tracking)
-        if not self._caught_up:
-            self._ask(tracking)
-        elif await self._flush(tracking):
-            self._free(settling)
-        self._settling += settling
+        try:
+            if settling:
+                await tracking.settle()
+            self._gather(tracking)
+            if settling:
+                self._pending.hurry()
+            if not self._caught_up:
+                self._ask(tracking)
+            elif await self._flush(tracking):
+                self._free(settling, done=True)
+                await self._remember(tracking)
+        finally:
+            # Those for whom it wasn't done: the next turn's, or told so at the end.
+            self._settling += settling
         await self._runs.tend()
 
     async def _wait(self) -> None:
@@ -279,7 +299,8 @@ class Live:
         self._stirred.clear()
         if tracking.gap is not None:
             raise Gap(tracking.gap)
-        self._pending.add(*tracking.take())
+        proven_at = tracking.proven_at
+        self._pending.add(*tracking.take(), proven_at)
         self._count(len(self._pending))
 
     def _count(self, pending: int) -> None:
@@ -319,14 +340,29 @@ class Live:
                 self._next_at = loop.time() + min(_LOCK_S, self._config.live.flush_interval)
                 return False
             self._runs.add(counts)
-            self._pending.rest(piece, begun, loop.time())
+            self._pending.rest(piece, counts, begun, loop.time())
             lags = [loop.time() - at for at in self._pending.arrivals()]
             self._metrics.count_flush(counts, lags)
             self._state.remember_lags(lags)
             self._pause = _PAUSE_S
-            self._tell("up")
+            self._tell_up(tracking)
             self._gather(tracking)
         return True
+
+    async def _remember(self, tracking: Tracking) -> None:
+        """Write down how far it is: what is known for sure when Redis, or this process, is gone."""
+        until = self._pending.done_until
+        if until is None or until <= self._remembered_at:
+            return
+        try:
+            self._state.followed_until = await self._flusher.remember(until)
+        except Gap:
+            raise
+        except BalanceSyncError as error:
+            await self._fail(error)
+        else:
+            self._remembered_at = until
+            self._tell_up(tracking)
 
     async def _fail(self, error: BalanceSyncError) -> None:
         """A flush has failed: its keys stay pending, to be tried again after a pause."""
@@ -336,11 +372,16 @@ class Live:
         self._pause = min(2 * self._pause, _LONGEST_PAUSE_S)
 
     @staticmethod
-    def _free(settling: list[asyncio.Future[None]]) -> None:
+    def _free(settling: list[asyncio.Future[bool]], *, done: bool) -> None:
         for settled in settling:
             if not settled.done():
-                settled.set_result(None)
+                settled.set_result(done)
         settling.clear()
+
+    def _tell_up(self, tracking: Tracking) -> None:
+        """PostgreSQL takes what changes; whether nothing is missed may be another matter by now."""
+        if self._leads.is_set() and tracking.gap is None:
+            self._tell("up")
 
     def _tell(self, state: LiveState, reason: str = "") -> None:
         """Say how it is, once."""

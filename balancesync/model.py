@@ -173,7 +173,11 @@ class Counts:
 
 @dataclass(slots=True)
 class Run:
-    """One run, as it is recorded, logged and shown. Times are UTC, durations seconds."""
+    """One run, as it is recorded, logged and shown. Times are UTC, durations seconds.
+
+    `moving`, of a verify, are the keys that changed between all looks, by mapping: no other count
+    has them.
+    """
 
     id: UUID
     job: Job
@@ -189,11 +193,18 @@ class Run:
     warnings: list[str] = field(default_factory=list)
     error: str | None = None
     redis_run_id: str | None = None
+    moving: dict[str, int] | None = None
 
     @property
     def counts(self) -> Counts:
         """The sum over all mappings."""
         return sum(self.mappings.values(), Counts())
+
+    @property
+    def drift(self) -> int | None:
+        """The rows that a verify found to differ; None of another run, or of one without an end."""
+        done = self.job == "verify" and self.status == "succeeded"
+        return self.counts.written if done else None
 
     @property
     def full(self) -> bool:
@@ -205,6 +216,7 @@ class Run:
 class Known:
     """What PostgreSQL knows of the runs before: times in seconds since 1970, counts by mapping.
 
+    `drift` is what the last verify found to differ, 0 once a sync has succeeded since.
     `full_success` is the last succeeded full apply run, whichever process made it; `refused`
     whether a refusal stands on the Redis that is read.
     """

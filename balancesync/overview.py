@@ -1,8 +1,8 @@
 """How things stand: the documents of `status`, `stats` and `health`, from both servers."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from time import perf_counter
 from typing import Final, Literal
@@ -19,6 +19,7 @@ from balancesync.model import Run, exceeds
 from balancesync.records import Records, Remembered, elsewhere
 from balancesync.source import Source
 from balancesync.times import time_text
+from balancesync.verdict import Ended, Situation, Success, judge
 
 Level = Literal["ok", "degraded", "failed"]
 
@@ -106,14 +107,19 @@ async def _nothing(connection: Connection) -> None:
 class Recorded:
     """What PostgreSQL holds of the runs, read at one moment: `at`, by its clock.
 
+    `synced` and `verified` are the last sync that was to write and the last verify that ended.
+
     `rejects` are the open ones by mapping and reason, `present` the keys of the last successes,
     `writing` whether anybody holds the writer's lock. `drift` is what the last verify found to
-    differ, by mapping, and nothing has brought together since.
+    differ, by mapping, where no sync has succeeded since. `followed` is up to when live mode is
+    known to have brought over every change.
     """
 
     at: datetime
     current: Run | None
     last: Run | None
+    synced: Run | None
+    verified: Run | None
     success: Run | None
     refusals: list[Document]
     elsewhere: list[Document]
@@ -121,6 +127,17 @@ class Recorded:
     present: int
     writing: bool
     drift: dict[str, int]
+    followed: datetime | None
+
+    @property
+    def until(self) -> datetime | None:
+        """Up to when everything is in PostgreSQL; None while no sync has succeeded.
+
+        A success has read each key after it began; live mode may have come further since.
+        """
+        if self.success is None:
+            return None
+        return max(self.success.started_at, self.followed or self.success.started_at)
 
     def success_age_s(self, later_s: float = 0.0) -> float | None:
         """Seconds since the last success, so many seconds after this was read."""
@@ -147,29 +164,23 @@ async def read(
         runs = await records.runs(connection, limit=_SEARCHED_RUNS, live=False)
         known = await records.remembered(connection)
         refusals, others = split_refusals(config, known, now)
+        drift = await records.drift(connection)
+        ended = [run for run in runs if run.status != "running"]
         return Recorded(
             at=await connection.fetchval("SELECT clock_timestamp()"),
             current=next((run for run in runs if run.status == "running"), None),
-            last=next((run for run in runs if run.status != "running"), None),
+            last=next(iter(ended), None),
+            synced=next((run for run in ended if run.job == "sync" and run.mode == "apply"), None),
+            verified=next((run for run in ended if run.job == "verify"), None),
             success=await records.last_success(connection),
             refusals=refusals,
             elsewhere=others,
             rejects=await records.count_rejects(connection),
             present=sum(each.baseline.present for each in known.values() if each.baseline),
             writing=await connection.fetchval(load_sql("overview")["writer"], writer),
-            drift=_standing_drift(runs),
+            drift={name: rows for name, rows in drift.items() if rows},
+            followed=await records.followed(connection),
         )
-
-
-def _standing_drift(runs: Sequence[Run]) -> dict[str, int]:
-    found: dict[str, int] = {}
-    # The newest first: the first that looked at a whole mapping has the last word on it.
-    for run in runs:
-        looked = run.job == "verify" or (run.mode == "apply" and run.job in ("sync", "restore"))
-        if looked and run.status == "succeeded":
-            for mapping, counts in run.mappings.items():
-                found.setdefault(mapping, counts.written if run.job == "verify" else 0)
-    return {mapping: count for mapping, count in found.items() if count}
 
 
 def split_refusals(
@@ -199,7 +210,10 @@ async def status(config: Config, database: Database, source: Source) -> Document
     recorded = await read(database, config, seen) if postgres.connected else None
     leader = await _ask_leader(database) if postgres.connected else None
     checks = server_checks(redis, postgres) | _checks(config, recorded)
+    now = situation(config, redis, postgres, recorded, checks)
+    now = replace(now, attended=leader is not None, live_wanted=config.live.enabled)
     return status_document(redis, postgres, recorded) | {
+        "verdict": judge(now).document(),
         "database": postgres_place(config.postgres.dsn.get_secret_value()),
         "schema": config.postgres.schema,
         "leader": leader,
@@ -209,10 +223,8 @@ async def status(config: Config, database: Database, source: Source) -> Document
 
 async def _ask_leader(database: Database) -> str | None:
     """The name of the daemon that leads, wherever it listens."""
-    key = lock_key("leader", database.config.schema)
     async with database.acquire() as connection:
-        name: str | None = await connection.fetchval(load_sql("leadership")["holder"], key)
-    return name
+        return (await Records(database).leader(connection))[1]
 
 
 def status_document(
@@ -241,8 +253,7 @@ def status_document(
             "last_run": run_document(last) if last else None,
             "last_success_at": time_text(success.finished_at) if success else None,
             "last_success_age_s": recorded.success_age_s(later_s),
-            # Each key was read after the run began: what was written until then is in PostgreSQL.
-            "safe_until": time_text(success.started_at) if success else None,
+            "safe_until": time_text(recorded.until),
             "refusal": recorded.refusals or None,
             "refused_elsewhere": recorded.elsewhere or None,
             "rejects": recorded.rejects,
@@ -251,6 +262,51 @@ def status_document(
             "drift": recorded.drift,
         }
     return document | {"redis": asdict(redis), "postgres": asdict(postgres)}
+
+
+def situation(
+    config: Config,
+    redis: Server,
+    postgres: Server,
+    recorded: Recorded | None,
+    checks: dict[str, Document],
+) -> Situation:
+    """What the verdict is made of, as far as both servers tell."""
+    schema = checks["schema"]
+    away = schema["detail"] if postgres.connected else None
+    found = Situation(
+        redis=redis.connected,
+        postgres=postgres.connected,
+        trouble=away if schema["status"] == "failed" else None,
+        stale=away if schema["status"] == "degraded" else None,
+    )
+    if recorded is None:
+        return found
+    checked = {name: each["status"] for name, each in checks.items()}
+    return replace(
+        found,
+        until=recorded.until,
+        success=_success(config, recorded.success),
+        refused=[each["mapping"] for each in recorded.refusals],
+        rejects=sum(sum(reasons.values()) for reasons in recorded.rejects.values()),
+        rejects_over=checks["rejects"]["detail"] if checked["rejects"] != "ok" else None,
+        overdue=checked["last_success"] == "failed",
+        drift=recorded.drift,
+        synced=_ended(recorded.synced),
+        verified=_ended(recorded.verified),
+        current=recorded.current,
+    )
+
+
+def _success(config: Config, run: Run | None) -> Success | None:
+    if run is None:
+        return None
+    unread = [mapping.name for mapping in config.mapping if mapping.name not in run.mappings]
+    return Success(run.started_at, run.counts.not_found, _without_keys(run), unread)
+
+
+def _ended(run: Run | None) -> Ended | None:
+    return Ended(run.job, run.status, run.error) if run else None
 
 
 def _without_keys(success: Run | None) -> list[str]:
@@ -391,8 +447,7 @@ def unknown_checks(why: str) -> dict[str, Document]:
     unknown = check("degraded", "not known")
     return {
         "schema": check("failed", why),
-        "lock": check("ok", "not known"),
-        **dict.fromkeys(("last_success", "refusal", "rejects"), unknown),
+        **dict.fromkeys(("lock", "last_success", "refusal", "rejects"), unknown),
     }
 
 

@@ -20,6 +20,7 @@ class Pending:
     """Changed keys. They're worked off in batches: what comes meanwhile belongs to the next one.
 
     Times are the event loop's, in seconds. `prefixes` are what keys that matter begin with.
+    `told_until` is up to when every change is known to have come in here, None if it isn't known.
     """
 
     def __init__(self, mappings: Iterable[MappingConfig], limit: int) -> None:
@@ -35,6 +36,10 @@ class Pending:
         """Forget them all."""
         self._next: dict[str, set[bytes]] = {each.name: set() for each in self._mappings}
         self._batch: dict[str, list[bytes]] = {}
+        self.told_until: float | None = None
+        self._batch_until: float | None = None
+        # Of the big hashes that are to be read again: up to when they had been read.
+        self._unread_since: dict[str, float | None] = {}
         self._marks = deque[float](maxlen=_MARKS)
         self._batch_marks: Sequence[float] = ()
         for name in self._whole_at:
@@ -51,8 +56,20 @@ class Pending:
             return 0.0
         return min(self._whole_at.values(), default=inf)
 
-    def add(self, keys: set[bytes], marks: Sequence[float]) -> None:
-        """Take in keys that changed; `marks` are times of their arrival. Raises Gap: too many."""
+    @property
+    def done_until(self) -> float | None:
+        """Up to when all that changed is brought over, at the end of a batch; None: not known."""
+        waiting = any(self._next.values())
+        ends = [self._batch_until if waiting else self.told_until, *self._unread_since.values()]
+        known = [end for end in ends if end is not None]
+        return min(known) if len(known) == len(ends) else None
+
+    def add(self, keys: set[bytes], marks: Sequence[float], proven_at: float | None = None) -> None:
+        """Take in keys that changed; `marks` are times of their arrival. Raises Gap: too many.
+
+        With them comes all that changed before `proven_at`.
+        """
+        before, self.told_until = self.told_until, proven_at
         if not keys:
             return
         listed = [*keys]
@@ -62,10 +79,16 @@ class Pending:
                 self._next[name].update(mapping.select(listed, matched=False))
             elif big in keys:
                 self._whole_at[name] = min(self._whole_at[name], self._rested_at[name])
+                self._unread_since.setdefault(name, before)
         if any(self._next.values()):
             self._marks.extend(marks)
         if len(self) > self._limit:
             raise Gap(f"more than live.max_pending = {self._limit:,} changed keys wait")
+
+    def hurry(self) -> None:
+        """Somebody waits for all of it: the big hashes that changed don't rest any longer."""
+        for name, at in self._whole_at.items():
+            self._whole_at[name] = min(at, 0.0) if at < inf else inf
 
     def begin(self) -> None:
         """Begin a batch of all that's here, unless one is under way."""
@@ -73,6 +96,7 @@ class Pending:
             self._batch = {name: list(keys) for name, keys in self._next.items() if keys}
             self._next = {each.name: set() for each in self._mappings}
             self._batch_marks, self._marks = self._marks, deque(maxlen=_MARKS)
+            self._batch_until = self.told_until
 
     def take(self, count: int, now: float) -> dict[str, list[bytes]]:
         """Up to `count` keys of the batch by mapping; of a big hash that is due, its name alone.
@@ -103,9 +127,17 @@ class Pending:
                 self._next[name].update(keys)
         self._marks.extendleft(reversed(self._batch_marks))
         self._batch_marks = ()
+        self._batch_until = None
 
-    def rest(self, taken: dict[str, list[bytes]], begun: float, now: float) -> None:
-        """The big hashes among these were read: not again before that is affordable."""
+    def rest(
+        self, taken: dict[str, list[bytes]], done: Iterable[str], begun: float, now: float
+    ) -> None:
+        """The big hashes among these were read: not again before that is affordable.
+
+        Those that aren't `done` couldn't be brought over.
+        """
+        for name in done:
+            self._unread_since.pop(name, None)
         for name in self._whole_at.keys() & taken.keys():
             self._rested_at[name] = now + max(_LEAST_PAUSE_S, (now - begun) / _SHARE)
             if self._whole_at[name] < inf:

@@ -3,6 +3,7 @@
 Dry run and verify are the same attempt stopped after diff.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from collections.abc import Mapping as Dictionary
 from dataclasses import replace
@@ -13,6 +14,7 @@ from balancesync import table as tables
 from balancesync.apply import Applied, Applier
 from balancesync.attempt import Attempt, Work
 from balancesync.continuity import Sighting
+from balancesync.drift import Comparison, Found
 from balancesync.errors import MappingFailed, Refused, RunFailed, TargetMismatch
 from balancesync.history import History
 from balancesync.mapping import Mapping
@@ -20,15 +22,13 @@ from balancesync.model import WOULD_BE_REFUSED, Refusal, Stamp, exceeds
 from balancesync.nodes import Identity
 from balancesync.part import Part, Progress, RejectLog, reading_of, scan
 from balancesync.records import Remembered, elsewhere
-from balancesync.report import describe, reread, spare_present
+from balancesync.report import describe, spare_present
 from balancesync.session import Session
 from balancesync.target import Span, Writer
 
 _CLOCK_SLACK_S: Final = 1.0
 # The share of the known keys whose loss is told, though it's followed: several such ones add up.
 _NOTABLE_LOSS: Final = 0.1
-# A key that changes all the time may differ at each look, for a moment.
-_LOOKS: Final = 5
 
 
 class Pipeline(Attempt):
@@ -290,39 +290,46 @@ class Pipeline(Attempt):
 
     async def _report(self, session: Session, parts: Sequence[Part]) -> None:
         await self._judge(session, parts)
-        for number, part in enumerate(parts, len(parts)):
-            found, writer = part.would_apply, part.writer
+        numbers = itertools.count(len(parts))
+        for part in parts:
+            name, writer, moving = part.mapping.name, part.writer, 0
             if self._request.mode == "verify":
-                self._on_progress(Progress("compare", part.mapping.name))
-                writer, found = await self._compare_again(session, part, number)
+                self._on_progress(Progress("compare", name))
+                found = await self._compare(session, part, lambda: next(numbers))
+                writer, moving = found.writer, found.moving
                 if part.diff.altered:
                     self._warn(
-                        f'mapping "{part.mapping.name}": {part.diff.altered:,} rows hold what rules'
-                        f" and triggers of {part.mapping.config.table} made of the values in Redis;"
-                        " they count as unchanged, see docs/guarantees.md"
+                        f'mapping "{name}": {part.diff.altered:,} rows hold what rules and triggers'
+                        f" of {part.mapping.config.table} made of the values in Redis; they count as"
+                        " unchanged, see docs/guarantees.md"
                     )
-            self.reports.append(await describe(writer))
-            self._run.mappings[part.mapping.name] = part.tally(found, Applied(), complete=True)
+            else:
+                self._run.mappings[name] = part.tally(part.would_apply, Applied(), complete=True)
+            report = await describe(writer)
+            self.reports.append(replace(report, moving=moving))
 
-    async def _compare_again(
-        self, session: Session, part: Part, number: int
-    ) -> tuple[Writer, Applied]:
-        """What differs however often one looks; live mode is given time to bring over the rest."""
-        writer, found = part.writer, part.would_apply
-        looks = _LOOKS if self._config.live.enabled and found.rows else 1
-        for _ in range(looks):
-            if looks > 1:
-                await self._settle()
-            first, writer = (
-                writer,
-                Writer(session, part.mapping, writer.table, number, first=writer),
-            )
-            diff = await reread(self._source, part.reading, part.mapping, first, writer)
-            found = replace(part, diff=diff).would_apply
-            if not found.rows:
-                break
-            number += len(self._config.mapping)
-        return writer, found
+    async def _compare(self, session: Session, part: Part, numbers: Callable[[], int]) -> Found:
+        """Find out what of that which differs is drift, and count it."""
+        settle = self._have_settled if self._config.live.enabled else None
+        comparison = Comparison(
+            session, self._source, self._records, part, settle=settle, numbers=numbers
+        )
+        found = await comparison.run()
+        part.diff.stored += found.back
+        part.diff.absent -= found.back
+        counts = part.tally(found.drift, Applied(), complete=True)
+        # To the first look all of these were keys that are there.
+        counts.unchanged -= found.vanished + found.moving
+        counts.vanished += found.vanished
+        counts.scanned = counts.seen
+        name = part.mapping.name
+        self._run.mappings[name] = counts
+        self._run.moving = {**(self._run.moving or {}), name: found.moving}
+        return found
+
+    async def _have_settled(self) -> None:
+        if why := await self._settle():
+            self._warn(f"{why}: what it has yet to bring over counts as drift")
 
     def _tally(self, parts: Sequence[Part], *, complete: bool) -> None:
         for part in parts:

@@ -140,6 +140,7 @@ class Records:
             run.redis_run_id,
             self.lock_key_of(run.id),
             len(load_sql("steps")),
+            None if run.moving is None else json.dumps(run.moving),
         )
 
     async def mark_interrupted(self, connection: Connection) -> None:
@@ -186,12 +187,40 @@ class Records:
             known.last_success[row["job"]] = row["at"]
         for mapping, reasons in (await self.count_rejects(connection)).items():
             known.rejects[mapping] = sum(reasons.values())
-        verify = await connection.fetchval(self._sql["last_verify"])
-        for run in await self.runs(connection, one=verify) if verify else ():
-            known.drift = {name: counts.written for name, counts in run.mappings.items()}
+        known.drift = await self.drift(connection)
         success = await connection.fetchrow(self._sql["last_success"])
         known.full_success = None if success is None else success["id"]
         return known
+
+    async def drift(self, connection: Connection) -> dict[str, int]:
+        """What the last verify of each mapping found to differ; 0 once a sync has succeeded since.
+
+        A mapping that no verify has looked at is left out.
+        """
+        return {row["mapping"]: row["rows"] for row in await connection.fetch(self._sql["drift"])}
+
+    async def save_followed(self, connection: Connection, until: datetime) -> datetime:
+        """Remember up to when live mode has brought over all; returns PostgreSQL's time."""
+        now: datetime = await connection.fetchval(self._sql["save_followed"], until)
+        return now
+
+    async def followed(self, connection: Connection) -> datetime | None:
+        """Up to when live mode has brought over every change; None if it never has."""
+        until: datetime | None = await connection.fetchval(self._sql["followed"])
+        return until
+
+    async def leader(self, connection: Connection) -> tuple[datetime, str | None]:
+        """PostgreSQL's time, and the name of the daemon that leads; None if none does."""
+        key = lock_key("leader", self._database.config.schema)
+        now: datetime = await connection.fetchval("SELECT clock_timestamp()")
+        return now, await connection.fetchval(load_sql("leadership")["holder"], key)
+
+    async def open_rejects(
+        self, connection: Connection, mapping: str, keys: Sequence[bytes]
+    ) -> dict[bytes, tuple[str, bytes | None]]:
+        """Reason and value of those of the keys whose reject is open."""
+        rows = await connection.fetch(self._sql["open_rejects"], mapping, list(keys))
+        return {row["key"]: (row["reason"], row["value"]) for row in rows}
 
     async def meet(self, connection: Connection | None, run: Run, run_id: str | None) -> None:
         """Keep in `run` which Redis it has met; it warns if the last one that applied met another.
@@ -420,4 +449,6 @@ def _columns(seen: Sighting) -> tuple[str | None, int | None, str]:
 def _run(fields: dict[str, Any]) -> Run:
     mappings = json.loads(fields.pop("mappings"))
     fields["mappings"] = {name: Counts(**counts) for name, counts in mappings.items()}
+    moving = fields.pop("moving")
+    fields["moving"] = None if moving is None else json.loads(moving)
     return Run(**fields)

@@ -1,4 +1,4 @@
-"""What a dry run or a verify found: the first rows, the moves of the totals, the proven drift."""
+"""What a dry run or a verify found: the first rows, and the moves of the totals."""
 
 from dataclasses import dataclass, field
 from typing import Final
@@ -6,7 +6,7 @@ from typing import Final
 from balancesync.mapping import Mapping
 from balancesync.reading import Reading
 from balancesync.source import Source
-from balancesync.target import Diff, Op, Row, Writer
+from balancesync.target import Op, Page, Row, Writer
 
 PAGE_ROWS: Final = 5_000
 SAMPLE_ROWS: Final = 10
@@ -14,32 +14,17 @@ SAMPLE_ROWS: Final = 10
 
 @dataclass(slots=True)
 class Report:
-    """One mapping's part: rows by op (i, u, d), exact texts of how far each total would move."""
+    """One mapping's part: rows by op (i, u, d), exact texts of how far each total would move.
+
+    `moving` are the keys that changed between all looks of a verify.
+    """
 
     mapping: str
     key_columns: tuple[str, ...]
     value_columns: tuple[str, ...]
     rows: dict[Op, list[Row]] = field(default_factory=dict)
     totals: dict[str, str] = field(default_factory=dict)
-
-
-async def reread(
-    source: Source, reading: Reading, mapping: Mapping, first: Writer, again: Writer
-) -> Diff:
-    """Read what differs once more on both sides; return the diff of `again`, a second look.
-
-    Data that moves while it's compared differs for a moment: only what differs twice is drift.
-    """
-    await again.prepare()
-    ops: tuple[Op, ...] = ("i", "u") if mapping.config.mode == "upsert" else ("u",)
-    for op in ops:
-        after = 0
-        while page := await first.page(op, after, PAGE_ROWS):
-            keys = [mapping.print_key(texts) for _, texts in page]
-            await again.stage(mapping.parse(await source.fetch(reading, keys)))
-            after = page[-1][0]
-    await spare_present(source, reading, mapping, first)
-    return await again.diff()
+    moving: int = 0
 
 
 async def spare_present(source: Source, reading: Reading, mapping: Mapping, writer: Writer) -> int:
@@ -49,14 +34,18 @@ async def spare_present(source: Source, reading: Reading, mapping: Mapping, writ
     """
     after = spared = 0
     while page := await writer.page("d", after, PAGE_ROWS):
-        keys = [mapping.print_key(texts) for _, texts in page]
-        there = await source.exists(reading, keys)
-        numbers = [number for (number, _), found in zip(page, there, strict=True) if found]
-        if numbers:
-            await writer.forget(numbers)
-            spared += len(numbers)
         after = page[-1][0]
+        there = await find_present(source, reading, mapping, page)
+        if there:
+            await writer.forget([number for number, _ in there])
+            spared += len(there)
     return spared
+
+
+async def find_present(source: Source, reading: Reading, mapping: Mapping, page: Page) -> Page:
+    """Those of the diff's rows whose keys Redis has."""
+    there = await source.exists(reading, [mapping.print_key(texts) for _, texts in page])
+    return [row for row, found in zip(page, there, strict=True) if found]
 
 
 async def describe(writer: Writer) -> Report:

@@ -24,6 +24,9 @@ _COMPANY_S: Final = 1.0
 # A progress event is for people: more often than this only costs.
 _PROGRESS_S: Final = 0.5
 _GRACE_S: Final = 30.0
+# How long a verify waits for live mode, and how often it's looked whether that is up.
+_LIVE_S: Final = 60.0
+_POLL_S: Final = 0.1
 _FLUSH_S: Final = 10.0
 # A day of hourly runs, with some to spare.
 _MOST_UNRECORDED: Final = 100
@@ -69,7 +72,8 @@ class Runner:
     `beat` is the loop's time of the last progress that the runner really made, for the watchdog.
     `owed` are postponed requests by their kind, `unrecorded` the last runs that ended while
     PostgreSQL couldn't be told; both are for others to see to. `settle` is how a verify lets live
-    mode bring over what is pending.
+    mode bring over what is pending, and `keeps_up` tells whether that follows changes: a verify
+    waits for it, a minute at most, and lets other runs go first.
     """
 
     def __init__(
@@ -80,7 +84,8 @@ class Runner:
         self.owed: dict[tuple[Any, ...], Owed] = {}
         self.unrecorded: deque[Run] = deque(maxlen=_MOST_UNRECORDED)
         self.beat = 0.0
-        self.settle: Callable[[], Awaitable[None]] | None = None
+        self.settle: Callable[[], Awaitable[str | None]] | None = None
+        self.keeps_up: Callable[[], bool] = lambda: True
         self._config = config
         self._database = database
         self._source = source
@@ -134,8 +139,8 @@ class Runner:
         while not self.draining:
             self._stir()
             self._wake.clear()
-            ticket = self._queue[0] if self._queue else None
-            pause = ticket.due - loop.time() if ticket else _COMPANY_S
+            ticket = self._next()
+            pause = ticket.due - loop.time() if ticket else _POLL_S if self._queue else _COMPANY_S
             if ticket is None or pause > 0:
                 try:
                     async with asyncio.timeout(min(pause, _COMPANY_S)):
@@ -143,10 +148,18 @@ class Runner:
                 except TimeoutError:
                     continue
             else:
-                self._queue.popleft()
+                self._queue.remove(ticket)
                 await self._execute(ticket)
         while self._queue:
             self._end_unstarted(self._queue.popleft(), "interrupted", "balancesync is stopping")
+
+    def _next(self) -> Ticket | None:
+        """The first that may run: a verify would take for drift what live mode has yet to copy."""
+        held_until = asyncio.get_running_loop().time() - _LIVE_S
+        for ticket in self._queue:
+            if ticket.request.job != "verify" or self.keeps_up() or ticket.due < held_until:
+                return ticket
+        return None
 
     async def _execute(self, ticket: Ticket) -> None:
         self.current = ticket

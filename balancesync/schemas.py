@@ -6,6 +6,7 @@ from balancesync.documents import OPS
 from balancesync.model import Counts, Job, Mode, Reason, Status
 from balancesync.overview import SHORT, Level
 from balancesync.state import Live
+from balancesync.verdict import Level as VerdictLevel
 
 Schema = dict[str, Any]
 
@@ -72,6 +73,8 @@ _RUN: Final[Schema] = {
     "duration_s": maybe(_SECONDS),
     "attempts": WHOLE,
     **_COUNTS,
+    "drift": maybe({**WHOLE, "description": "of a verify: the rows that differ"}),
+    "moving": maybe({**WHOLE, "description": "of a verify: the keys that changed at every look"}),
     "warnings": array(TEXT),
     "error": maybe(TEXT),
     "mappings": table(ref("Counts")),
@@ -105,6 +108,7 @@ COMPONENTS: Final[dict[str, Schema]] = {
             )
         ),
         totals=table(TEXT),
+        moving=WHOLE,
     ),
     "Run": record_of(_RUN, ("progress", "report")),
     "Server": record(
@@ -126,6 +130,7 @@ COMPONENTS: Final[dict[str, Schema]] = {
         last_success_at=maybe(_TIME),
         last_success_age_s=maybe(_SECONDS),
         safe_until=maybe(_TIME),
+        verdict=ref("Verdict"),
         next_run_at=maybe(_TIME),
         refusal=maybe(array(record(mapping=TEXT, reason=TEXT, refused_at=maybe(_TIME)))),
         refused_elsewhere=maybe(array(record(mapping=TEXT, reason=TEXT, refused_at=maybe(_TIME)))),
@@ -142,6 +147,11 @@ COMPONENTS: Final[dict[str, Schema]] = {
         drift=maybe(table(WHOLE)),
         health=ref("Health"),
         recorded_age_s=maybe(_SECONDS),
+    ),
+    "Verdict": record(
+        level=one_of(VerdictLevel),
+        line={**TEXT, "description": "how it is; times are ISO 8601 in UTC"},
+        advice={**array(TEXT), "description": "what to do, a sentence each"},
     ),
     "Accepted": record(run_id=RUN_ID, state={"type": "string", "enum": ["started", "queued"]}),
     "Cancelled": record(

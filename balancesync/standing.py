@@ -12,8 +12,12 @@ from balancesync.records import elsewhere
 from balancesync.show import STYLES, Grid, Line, ago, moment, status_text, write
 from balancesync.telemetry import printable
 
-_LEVELS: Final = {"safe": "bold green", "look": "bold yellow", "act": "bold red"}
-_WELL: Final = ("succeeded", "skipped")
+_LEVELS: Final = {
+    "safe": "bold green",
+    "wait": "bold cyan",
+    "look": "bold yellow",
+    "act": "bold red",
+}
 # What the guard says where keys are there again, but with other values.
 _CHANGED: Final = "came back changed"
 
@@ -28,7 +32,7 @@ def status_lines(status: Document) -> list[Line]:
     grid = Grid("", "", titled=False)
     for name, cell in _facts(status).items():
         grid.add_row(Text(name, "dim"), cell)
-    lines: list[Line] = [_verdict(status), ""]
+    lines: list[Line] = [*_verdict(status), ""]
     # Right below: what there is to do must not be cut off where a window is too low for it all.
     for refusal in status["refusal"] or ():
         since = moment(refusal["refused_at"])
@@ -53,62 +57,12 @@ def _ways(refusals: Sequence[Document]) -> Iterator[str]:
     yield "    balancesync sync --accept-loss"
 
 
-def _verdict(status: Document) -> Text:
-    until = status["safe_until"] and moment(status["safe_until"])
-    kept = f"everything up to {until} is in PostgreSQL"
-    rest = f"; {kept}, the rest is in Redis alone" if until else ""
-    if not status["postgres"]["connected"]:
-        alone = status["redis"]["connected"]
-        who = "PostgreSQL doesn't answer" if alone else "neither PostgreSQL nor Redis answers"
-        return Text(f"{who}{rest}", _LEVELS["act"])
-    if status["refusal"]:
-        what = f"{kept}, and stays as it is" if until else "nothing is written"
-        return Text(f"stopped by the guard: {what}", _LEVELS["act"])
-    if not status["redis"]["connected"]:
-        return Text(f"Redis doesn't answer{rest}", _LEVELS["act"])
-    if until is None:
-        return Text("no sync has succeeded yet: nothing is known to be safe", _LEVELS["look"])
-    return _settled(status, until)
-
-
-def _settled(status: Document, until: str) -> Text:
-    """The verdict where both servers answer, nothing is refused, and a sync has succeeded."""
-    checks = status["health"]["checks"]
-    bad = {name for name, check in checks.items() if check["status"] != "ok"}
-    rejects = sum(sum(reasons.values()) for reasons in status["rejects"].values())
-    count = f"{rejects:,} reject{'s' if rejects > 1 else ''}"
-    if "rejects" in bad:
-        what = f"{count}, more than guard.max_rejects allows; the others, up to {until}, are"
-        return Text(f"not safe: {what} in PostgreSQL", _LEVELS["act"])
-    if "last_success" in bad:
-        return Text(f"not safe: nothing newer than {until} is in PostgreSQL", _LEVELS["act"])
-    if status["without_keys"]:
-        names = printable(" and ".join(status["without_keys"]))
-        what = f"Redis had no key of {names} at {until}: is redis.url right?"
-        return Text(what, _LEVELS["look"])
-    text = f"safe: everything up to {until} is in PostgreSQL{_exceptions(status)}"
-    drift = sum(status["drift"].values())
-    if drift:
-        text += f"; the last verify found {drift:,} row{'s' if drift > 1 else ''} to differ"
-    last = status["last_run"]
-    # Only a sync can leave PostgreSQL behind.
-    well = last is None or (last["job"], last["mode"]) != ("sync", "apply")
-    well = well or last["status"] in _WELL
-    return Text(text, _LEVELS["safe" if well and not drift else "look"])
-
-
-def _exceptions(status: Document) -> str:
-    """What Redis holds and PostgreSQL doesn't."""
-    counts = {
-        "reject": sum(sum(reasons.values()) for reasons in status["rejects"].values()),
-        "key": status["not_found"],
-    }
-    told = [
-        f"{count:,} {name}{'' if count == 1 else 's'}" for name, count in counts.items() if count
-    ]
-    if counts["key"]:
-        told[-1] += " without a row"
-    return f", but for {' and '.join(told)}" if told else ""
+def _verdict(status: Document) -> Iterator[Text]:
+    """What is judged of it, as it is, and what to do about it."""
+    found = status["verdict"]
+    yield Text(printable(found["line"]), _LEVELS[found["level"]])
+    for sentence in found["advice"]:
+        yield Text(printable(sentence))
 
 
 def _facts(status: Document) -> dict[str, str | Text]:

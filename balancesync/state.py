@@ -5,13 +5,14 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Final, Literal
+from typing import Final
 
 from balancesync.continuity import Sighting
 from balancesync.documents import Document
 from balancesync.overview import Server
+from balancesync.verdict import LiveState
 
-Live = Literal["off", "up", "catching up", "down"]
+Live = LiveState
 
 _NOT_ASKED: Final = "not asked yet"
 # A reader that lags behind by so many events is dropped: it holds up memory, and nobody else.
@@ -25,7 +26,8 @@ class State:
     `seen` is what Redis last said of itself.
 
     Of live mode: why it is as it is, how many keys wait, when the last flush was, and how long its
-    slowest change took, in seconds.
+    slowest change took, in seconds. Up to `followed_until`, by PostgreSQL's clock, it has brought
+    over every change.
     """
 
     name: str
@@ -42,6 +44,7 @@ class State:
     live_pending: int = 0
     live_lag_s: float | None = None
     live_copied_at: datetime | None = None
+    followed_until: datetime | None = None
 
     def remember_lags(self, lags: Sequence[float]) -> None:
         """Live mode has copied changes; `lags` are how long they took, in seconds."""

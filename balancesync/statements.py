@@ -103,6 +103,7 @@ def _key_parts(config: MappingConfig, table: Table) -> dict[str, str]:
         ),
         "earlier_is_last": " AND ".join(f"earlier.{name} = last.{name}" for name in k),
         "last_keys": ", ".join(f"last.{name}" for name in k),
+        "same_in_first": " AND ".join(f"f.{name} = s.{name}" for name in k),
         "no_row": f"t.{quote(keys[0])} IS NULL",
         "same_key_as_text": " AND ".join(
             # The texts are canonical, so the cast can't fail.
@@ -143,7 +144,16 @@ def _comparisons(config: MappingConfig) -> dict[str, str]:
             for name, other in zip(values, others, strict=True)
         )
 
+    def moved(letter: str) -> str:
+        return " OR ".join(
+            f"{_exact(f's.{short}', config.types[name])} IS DISTINCT FROM"
+            f" {_exact(f'f.{short}', config.types[name])}"
+            for name, short in zip(values, _numbered(letter, values), strict=True)
+        )
+
     return {
+        # Both the value and the row; a row may also have come, or gone.
+        "has_moved": f"({moved('v')}) AND ((s.op = 'i') <> (f.op = 'i') OR {moved('o')})",
         "differs": differs("s", _numbered("v", values)),
         "excluded_differs": differs("EXCLUDED", [quote(name) for name in values]),
         "t_differs_from_old": differs("s", _numbered("o", values)),

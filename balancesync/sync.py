@@ -35,7 +35,10 @@ from balancesync.source import Source
 _LINGER_S: Final = 15.0
 _SHOW_S: Final = 2.0
 _RECORD_S: Final = 5.0
+# How long live mode is waited for: until it's up, and once it wasn't.
+_LIVE_S: Final = 60.0
 _FLUSH_S: Final = 0.5
+_POLL_S: Final = 0.05
 
 # What makes one attempt at a job; of all others, the pipeline does.
 _ATTEMPTS: Final[dict[Job, type[Attempt]]] = {"restore": Restore, "prune": Prune}
@@ -49,7 +52,8 @@ class Sync:
     `failure` is the error behind a status that isn't success, `reports` what a dry run or verify
     found, `is_recorded` whether PostgreSQL holds the run as it ended. `on_progress` is called
     often and must be quick; `on_alive` during a long statement, whenever PostgreSQL proves to be
-    at work on it. `settle` waits until live mode, where it's in this process, has nothing pending.
+    at work on it. `settle` waits until live mode, where it's in this process, has nothing pending,
+    and returns why it may have; None: it hasn't.
     """
 
     def __init__(
@@ -60,7 +64,7 @@ class Sync:
         on_progress: Callable[[Progress], None] = lambda progress: None,
         on_alive: Callable[[], None] = lambda: None,
         *,
-        settle: Callable[[], Awaitable[None]] | None = None,
+        settle: Callable[[], Awaitable[str | None]] | None = None,
     ) -> None:
         self.failure: BalanceSyncError | None = None
         self.reports: list[Report] = []
@@ -69,12 +73,13 @@ class Sync:
         self._source = source
         self._on_progress = on_progress
         self._on_alive = on_alive
-        self._settle = settle or self._wait_for_flush
+        self._settle = settle or self._wait_for_live
         self.is_recorded = False
         self._ending: asyncio.Future[RunFailed] = asyncio.get_running_loop().create_future()
         self._attempt: Attempt | None = None
         self._begun = False
         self._between: Connection | None = None
+        self._follows = True
 
     @property
     def has_read(self) -> bool:
@@ -210,9 +215,20 @@ class Sync:
         except BalanceSyncError as error:
             log.debug("the run can't be shown as running", run=str(run.id), error=str(error))
 
-    async def _wait_for_flush(self) -> None:
-        """Live mode is the daemon's, which is another process: it can only be given time."""
-        await asyncio.sleep(_FLUSH_S + 2 * self._config.live.flush_interval)
+    async def _wait_for_live(self) -> str | None:
+        """Live mode is the daemon's, another process: PostgreSQL knows how far that one is."""
+        loop, records = asyncio.get_running_loop(), Records(self._database)
+        deadline = loop.time() + (_LIVE_S if self._follows else _FLUSH_S)
+        asked_at, leader = await self._database.ask(records.leader, _RECORD_S)
+        while leader is not None:
+            until = await self._database.ask(records.followed, _RECORD_S)
+            self._follows = until is not None and until >= asked_at
+            if self._follows:
+                return None
+            if loop.time() > deadline:
+                return "live mode isn't up, or couldn't bring over in time what was pending"
+            await asyncio.sleep(_POLL_S)
+        return "live mode isn't up: no daemon leads"
 
     def _progress(self, progress: Progress) -> None:
         if self._ending.done():
@@ -246,7 +262,8 @@ def _status_of(error: BalanceSyncError, *, postpone: bool) -> Status:
 
 def log_run(run: Run) -> None:
     """The one line that says how a run ended."""
-    write = log.info if run.status in ("succeeded", "skipped") else log.error
+    well = run.status in ("succeeded", "skipped")
+    write = (log.warning if run.drift else log.info) if well else log.error
     write(
         "run",
         run=str(run.id),
@@ -257,6 +274,8 @@ def log_run(run: Run) -> None:
         attempts=run.attempts,
         duration_s=run.duration_s,
         **run.counts.as_dict(),
+        drift=run.drift,
+        moving=None if run.moving is None else sum(run.moving.values()),
         warnings=run.warnings,
         error=run.error,
     )

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import BinaryIO, Final, Literal, cast
+from typing import BinaryIO, Final, Literal, TypeAlias, cast
 
 import asyncpg
 
@@ -17,6 +17,8 @@ from balancesync.table import Table
 
 # The last one is a restore's: a key that is left as it is.
 Op = Literal["i", "u", "d", "k"]
+# Rows of a diff: the number of each, and the texts of its key columns.
+Page: TypeAlias = list[tuple[int, tuple[str, ...]]]
 
 # Above this many rows of the table for each staged one, its key index is cheaper than one pass.
 _INDEX_RATIO: Final = 4
@@ -345,13 +347,37 @@ class Writer:
         """What the diff still deletes, when some of it was forgotten."""
         return (await self._spans(0, _ALL, self.batch_rows))["d"]
 
-    async def page(self, op: Op, after: int, limit: int) -> list[tuple[int, tuple[str, ...]]]:
+    async def page(self, op: Op, after: int, limit: int) -> Page:
         """Up to `limit` rows of the diff behind number `after`: number and key column texts."""
         if after:
             # One page can be had by one pass; many of them would be as many passes.
             await self._index()
         rows = await self._fetch(self._sql["page"], after, limit, op.encode())
         return [(row["n"], tuple(row[name] for name in self._keys)) for row in rows]
+
+    async def page_with_values(
+        self, op: Op, after: int, limit: int
+    ) -> list[tuple[int, tuple[str, ...], tuple[str | None, ...]]]:
+        """The same, and the new values as they are staged."""
+        if after:
+            await self._index()
+        rows = await self._fetch(self._sql["page_with_values"], after, limit, op.encode())
+        return [
+            (
+                row["n"],
+                tuple(row[name] for name in self._keys),
+                tuple(row[name] for name in self._values),
+            )
+            for row in rows
+        ]
+
+    async def count_moving(self) -> int:
+        """How many of the keys that differ had another value and another row at the look before."""
+        return await self._count(self._sql["count_moving"])
+
+    async def drop_moving(self) -> dict[Op, int]:
+        """Take these out of the diff; returns how many there were, by op."""
+        return {row["op"]: row["rows"] for row in await self._fetch(self._sql["drop_moving"])}
 
     async def forget(self, numbers: Sequence[int]) -> None:
         """Take rows out of the diff, by their numbers."""

@@ -28,7 +28,7 @@ from balancesync.source import Source
 _CHANNEL: Final = b"__redis__:invalidate"
 _PROVE_S: Final = 1.0
 # A SWAPDB, or a primary that the Sentinels have replaced, is noticed by asking alone.
-_DESCRIBE_EVERY: Final = 5
+_DESCRIBE_EVERY: Final = 2
 # What is told is read this often: changes that come within it are one message to take in.
 _REST_S: Final = 0.01
 # Lags are measured from marks: one arrival in so many seconds tells as much as all of them.
@@ -54,6 +54,8 @@ class Tracking:
     """The keys that change from `open` on, until there is a `gap`.
 
     `gap` says why changes may have been missed; None: none was. `identity` is who tells.
+    `proven_at` is a time of the loop: all that changed before it has been told, by a Redis that was
+    still the same one then. None: that isn't proven yet.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class Tracking:
     ) -> None:
         """Made by `open`."""
         self.gap: str | None = None
+        self.proven_at: float | None = None
         self.identity: Identity
         self._source = source
         self._hearing = hearing
@@ -135,16 +138,23 @@ class Tracking:
         if self.gap is not None:
             raise Gap(self.gap)
 
+    def prove(self, at: float) -> None:
+        """Whoever looked at the server itself after the time `at`, and settled then, says so."""
+        if self.gap is None:
+            self.proven_at = max(self.proven_at or at, at)
+
     async def watch(self) -> None:
         """Ask both connections how they are until there's a gap."""
         turn = 0
         while self.gap is None:
             await asyncio.wait([self._hearing.ended, self._asking.ended], timeout=_PROVE_S)
             turn += 1
+            asked_at = self._loop.time()
             for connection in (self._hearing, self._asking):
                 await self._ask(connection)
             if turn % _DESCRIBE_EVERY == 0:
                 await self._check()
+                self.prove(asked_at)
 
     async def _ask(self, connection: Connection) -> None:
         try:

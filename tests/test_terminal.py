@@ -17,7 +17,6 @@ from typing import Any
 
 import pytest
 from redis.asyncio import Redis
-from rich.text import Text
 
 from balancesync import standing
 
@@ -215,19 +214,12 @@ GOOD: dict[str, Any] = {
     "without_keys": [],
     "drift": {},
     "not_found": 0,
-    "health": {"checks": {"last_success": {"status": "ok", "detail": ""}}},
+    "verdict": {"level": "safe", "line": "safe: all is well", "advice": []},
     "no_daemon": "no daemon answers at localhost:1: connection refused",
     "leader": None,
 }
 REFUSAL = [{"mapping": "m", "reason": "no key", "refused_at": None}]
 RETURNED = [REFUSAL[0] | {"reason": "60 keys are gone and 40 came back changed"}]
-OVERDUE = {"checks": {"last_success": {"status": "failed", "detail": ""}}}
-TOO_MANY = {"checks": {"rejects": {"status": "degraded", "detail": ""}}}
-MANY = {"rejects": {"m": {"residue": 60_004}}}
-FAILED = GOOD_RUN | {"status": "failed"}
-UNTIL = "everything up to 2026-01-31T02:00:00Z is in PostgreSQL"
-BOTH_DOWN = "neither PostgreSQL nor Redis answers"
-
 
 LIVE: dict[str, Any] = {
     "name": "a:1",
@@ -268,67 +260,6 @@ def test_who_leads_where_no_daemon_answers(
     standing.show_status(GOOD | otherwise)
     cells = [re.split("  +", line) for line in capsys.readouterr().out.splitlines()]
     assert ["daemon", f"none answers at localhost:1: {said}"] in cells
-
-
-@pytest.mark.parametrize(
-    ("otherwise", "said"),
-    [
-        ({}, f"safe: {UNTIL}"),
-        ({"rejects": {"m": {"residue": 1}}}, f"safe: {UNTIL}, but for 1 reject"),
-        ({"rejects": {"m": {"residue": 1, "x": 2}}}, f"safe: {UNTIL}, but for 3 rejects"),
-        ({"not_found": 1}, f"safe: {UNTIL}, but for 1 key without a row"),
-        (
-            {"rejects": {"m": {"residue": 4}}, "not_found": 2},
-            f"safe: {UNTIL}, but for 4 rejects and 2 keys without a row",
-        ),
-        ({"redis": DOWN}, f"Redis doesn't answer; {UNTIL}, the rest is in Redis alone"),
-        ({"postgres": DOWN}, f"PostgreSQL doesn't answer; {UNTIL}, the rest is in Redis alone"),
-        ({"postgres": DOWN, "safe_until": None}, "PostgreSQL doesn't answer"),
-        ({"postgres": DOWN, "redis": DOWN, "safe_until": None}, BOTH_DOWN),
-        ({"postgres": DOWN, "redis": DOWN}, f"{BOTH_DOWN}; {UNTIL}, the rest is in Redis alone"),
-        ({"refusal": REFUSAL}, f"stopped by the guard: {UNTIL}, and stays as it is"),
-        ({"safe_until": None}, "no sync has succeeded yet: nothing is known to be safe"),
-        (
-            MANY | {"health": TOO_MANY, "last_run": FAILED},
-            "not safe: 60,004 rejects, more than guard.max_rejects allows; the others, up to"
-            " 2026-01-31T02:00:00Z, are in PostgreSQL",
-        ),
-        (
-            {"without_keys": ["m"]},
-            "Redis had no key of m at 2026-01-31T02:00:00Z: is redis.url right?",
-        ),
-        ({"drift": {"m": 1}}, f"safe: {UNTIL}; the last verify found 1 row to differ"),
-        (
-            {"health": OVERDUE},
-            "not safe: nothing newer than 2026-01-31T02:00:00Z is in PostgreSQL",
-        ),
-    ],
-)
-def test_the_first_line_says_whether_it_is_safe(
-    otherwise: dict[str, Any], said: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    standing.show_status(GOOD | otherwise)
-    assert capsys.readouterr().out.splitlines()[0] == said
-
-
-@pytest.mark.parametrize(
-    ("otherwise", "level"),
-    [
-        ({}, "green"),
-        ({"last_run": FAILED}, "yellow"),
-        # A slip of whoever typed it leaves PostgreSQL as it is.
-        ({"last_run": FAILED | {"job": "restore"}}, "green"),
-        ({"drift": {"m": 1}}, "yellow"),
-        ({"without_keys": ["m"]}, "yellow"),
-        ({"redis": DOWN}, "red"),
-    ],
-)
-def test_the_first_line_has_the_colour_of_what_it_says(
-    otherwise: dict[str, Any], level: str
-) -> None:
-    line = standing.status_lines(GOOD | otherwise)[0]
-    assert isinstance(line, Text)
-    assert line.style == f"bold {level}"
 
 
 @pytest.mark.parametrize(("refusal", "overwrites"), [(REFUSAL, False), (RETURNED, True)])

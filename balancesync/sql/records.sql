@@ -2,11 +2,12 @@
 
 -- name: save_run
 INSERT INTO {schema}.runs AS r (id, job, trigger, mode, status, mapping, started_at, finished_at,
-    duration_s, attempts, mappings, warnings, error, redis_run_id, lock_key, step)
-VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9::float8::numeric, $10, $11, $12, $13, $14, $15, $16)
+    duration_s, attempts, mappings, warnings, error, redis_run_id, lock_key, step, moving)
+VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9::float8::numeric, $10, $11, $12, $13, $14, $15, $16, $17)
 ON CONFLICT (id) DO UPDATE SET status = EXCLUDED.status, finished_at = EXCLUDED.finished_at,
     duration_s = EXCLUDED.duration_s, attempts = EXCLUDED.attempts, mappings = EXCLUDED.mappings,
-    warnings = EXCLUDED.warnings, error = EXCLUDED.error, redis_run_id = EXCLUDED.redis_run_id;
+    warnings = EXCLUDED.warnings, error = EXCLUDED.error, redis_run_id = EXCLUDED.redis_run_id,
+    moving = EXCLUDED.moving;
 
 -- name: mark_interrupted
 UPDATE {schema}.runs AS r SET status = 'interrupted', finished_at = clock_timestamp(),
@@ -16,7 +17,7 @@ WHERE {abandoned};
 -- name: runs
 SELECT id, job, trigger, mode, CASE WHEN {abandoned} THEN 'interrupted' ELSE status END AS status,
     mapping, started_at, finished_at, duration_s::float8 AS duration_s, attempts, mappings::text AS mappings,
-    warnings, error, redis_run_id
+    warnings, error, redis_run_id, moving::text AS moving
 FROM {schema}.runs AS r
 WHERE ($1::uuid IS NULL OR id < $1) AND ($2::uuid IS NULL OR id = $2) AND ($4 OR job <> 'live')
     AND ($5::text IS NULL OR job = $5) AND ($6::text IS NULL OR $6 IN (trigger, split_part(trigger, ':', 1)))
@@ -40,8 +41,39 @@ ORDER BY id DESC LIMIT 1;
 SELECT job, extract(epoch FROM max(finished_at))::float8 AS at FROM {schema}.runs
 WHERE status = 'succeeded' AND mode <> 'dry_run' AND mapping IS NULL GROUP BY job;
 
--- name: last_verify
-SELECT id FROM {schema}.runs WHERE job = 'verify' AND status = 'succeeded' ORDER BY id DESC LIMIT 1;
+-- name: drift
+-- What the last verify of each mapping found to differ, unless a sync that began after it has
+-- succeeded: that one has written it, or kept it as a reject.
+WITH verifies AS (
+    SELECT DISTINCT ON (m.key) m.key AS mapping, r.finished_at,
+        (m.value->>'inserted')::bigint + (m.value->>'updated')::bigint + (m.value->>'deleted')::bigint AS rows
+    FROM (
+        SELECT id, finished_at, mappings FROM {schema}.runs
+        WHERE job = 'verify' AND status = 'succeeded' ORDER BY id DESC LIMIT 100
+    ) AS r, jsonb_each(r.mappings) AS m
+    ORDER BY m.key, r.id DESC
+)
+SELECT v.mapping, CASE WHEN v.rows > 0 AND EXISTS (
+        SELECT FROM {schema}.runs AS s
+        WHERE s.status = 'succeeded' AND s.job = 'sync' AND s.mode = 'apply'
+            AND (s.mapping IS NULL OR s.mapping = v.mapping) AND s.started_at >= v.finished_at)
+    THEN 0 ELSE v.rows END AS rows
+FROM verifies AS v;
+
+-- name: save_followed
+-- It doesn't wait for the disk: whatever it tells of was committed before, and the WAL is in order.
+WITH quick AS MATERIALIZED (SELECT set_config('synchronous_commit', 'off', true))
+INSERT INTO {schema}.followed (until) SELECT $1::timestamptz FROM quick
+ON CONFLICT (one) DO UPDATE SET until = EXCLUDED.until
+RETURNING clock_timestamp();
+
+-- name: followed
+SELECT until FROM {schema}.followed;
+
+-- name: open_rejects
+SELECT key, value, reason FROM {schema}.rejects
+WHERE mapping = $1 AND healed_at IS NULL
+    AND key_hash IN (SELECT sha256(k.key) FROM unnest($2::bytea[]) AS k (key));
 
 -- name: last_redis
 -- Of a run that followed it: one that only looked leaves the next one its warning.

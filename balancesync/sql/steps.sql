@@ -124,3 +124,12 @@ CREATE TABLE {schema}.altered (
     run_id uuid NOT NULL,
     PRIMARY KEY (mapping, key)
 );
+
+-- Up to when live mode has brought over every change, by PostgreSQL's clock: one row, once it has.
+CREATE TABLE {schema}.followed (
+    one boolean PRIMARY KEY DEFAULT true CHECK (one),
+    until timestamptz NOT NULL
+);
+-- How many keys a verify found changing at every look, by mapping. Programs before leave it empty.
+ALTER TABLE {schema}.runs ADD COLUMN moving jsonb;
+CREATE INDEX runs_verifies ON {schema}.runs (id) WHERE job = 'verify' AND status = 'succeeded';

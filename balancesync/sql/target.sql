@@ -103,6 +103,20 @@ CREATE INDEX ON {diff} (n);
 -- name: page
 SELECT n, op::text AS op, {key_texts} FROM {diff} WHERE n > $1 AND op = $3::"char" ORDER BY n LIMIT $2;
 
+-- name: page_with_values
+SELECT n, {key_texts}, {raw_texts} FROM {diff} WHERE n > $1 AND op = $3::"char" ORDER BY n LIMIT $2;
+
+-- name: count_moving
+SELECT count(*) FROM {diff} AS s JOIN {first} AS f ON {same_in_first} WHERE {has_moved};
+
+-- name: drop_moving
+WITH moving AS (
+    SELECT s.n FROM {diff} AS s JOIN {first} AS f ON {same_in_first} WHERE {has_moved}
+), dropped AS (
+    DELETE FROM {diff} AS d USING moving AS m WHERE d.n = m.n RETURNING d.op
+)
+SELECT op::text AS op, count(*) AS rows FROM dropped GROUP BY op;
+
 -- name: sample
 SELECT op::text AS op, {key_texts}, {value_texts}, {old_texts}
 FROM {diff} WHERE op = $1::"char" ORDER BY n LIMIT $2;

@@ -28,7 +28,7 @@ const state = {
   found: null, // the dry run that is shown
   busy: null, // what is being asked for, and not yet answered
   silence: 0,
-  level: "wait", // of the verdict
+  level: "wait", // of the verdict, as the daemon has it
   cheers: false, // whether what is said is good news
   samples: null, // the kind of rejects whose samples are shown
   drawn: {}, // what was shown last, by its part
@@ -132,8 +132,8 @@ function hear(kind, document) {
 
 function announce(run) {
   if (run.mode === "dry_run" && run.id === state.dryRun) return;
-  tell(words.ended(run), words.ENDED_BADLY.includes(run.status));
-  state.cheers = words.ENDED_WELL.includes(run.status);
+  tell(words.ended(run), words.ENDED_BADLY.includes(run.status) || run.drift > 0);
+  state.cheers = words.ENDED_WELL.includes(run.status) && !run.drift;
 }
 
 // Said once; what is a minute old is no news.
@@ -188,20 +188,17 @@ function isNew(part, value) {
 function showSafety() {
   const { status, lost, heard } = state;
   if (lost === null) {
-    const found = words.verdict(status, now());
+    const found = status.verdict;
     // What went well before is no comfort.
-    if (state.cheers && found.level === "bad" && state.level !== "bad") tell("");
+    if (state.cheers && found.level === "act" && state.level !== "act") tell("");
     state.level = found.level;
-    return view.showVerdict(found);
+    return view.showVerdict(found, now());
   }
   const until = status.safe_until;
   const kept = until ? `: everything up to ${words.moment(until, now())} was in PostgreSQL` : "";
   const was = status.state === "draining" ? "the daemon was stopping" : "the daemon doesn't answer";
-  view.showVerdict({
-    level: "bad",
-    title: `Connection lost: ${was}`,
-    detail: `What is shown is as of ${words.moment(heard, now())}${kept}. How it stands now isn't known.`,
-  });
+  const told = `What is shown is as of ${words.moment(heard, now())}${kept}. How it stands now isn't known.`;
+  view.showVerdict({ level: "act", line: `connection lost: ${was}`, advice: [told] }, now());
 }
 
 function showConnection() {

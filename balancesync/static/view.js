@@ -4,6 +4,7 @@ import * as words from "./words.js";
 
 const ICON = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16"><circle cx="8" cy="8" r="7" fill="COLOUR"/></svg>';
 // One that gave up says no counts of what it had read.
+const TIME = /\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ/g;
 const CUT_OFF = ["cancelled", "interrupted", "postponed"];
 const WRITTEN = ["inserted", "updated", "deleted"];
 const COLOURS = { ok: "#17702f", warn: "#d99a00", bad: "#c01c28", wait: "#0a58a8" };
@@ -18,12 +19,19 @@ function make(tag, className, ...children) {
   return made;
 }
 
-// Only a change is announced, and only a change costs a layout. What is in `backticks` is code.
-export function say(id, text, className) {
+// Only a change is announced, and only a change costs a layout. What is in `backticks` is code; with
+// `now`, times are those of this browser's zone.
+export function say(id, text, className, now) {
   const element = byId(id);
-  if (element.said !== text) element.replaceChildren(...parts(text));
+  if (element.said !== text) element.replaceChildren(...parts(text).flatMap((part) => (now ? timed(part, now) : [part])));
   element.said = text;
   if (className !== undefined) element.className = className;
+}
+
+function timed(part, now) {
+  if (typeof part !== "string") return [part];
+  const times = part.match(TIME) ?? [];
+  return part.split(TIME).flatMap((piece, index) => (index < times.length ? [piece, time(times[index], now)] : [piece]));
 }
 
 function parts(text) {
@@ -54,7 +62,7 @@ function pill(run) {
   const { status } = run;
   const ok = words.ENDED_WELL.includes(status);
   const level = ok ? "ok" : words.ENDED_BADLY.includes(status) ? "bad" : "warn";
-  return words.drift(run) ? make("span", "pill warn", "drift found") : make("span", `pill ${level}`, status);
+  return run.drift ? make("span", "pill warn", "drift found") : make("span", `pill ${level}`, status);
 }
 
 function time(text, now) {
@@ -64,13 +72,17 @@ function time(text, now) {
   return made;
 }
 
-export function showVerdict(found) {
-  byId("verdict").dataset.level = found.level;
-  say("verdict-title", found.title);
-  say("verdict-detail", found.detail);
-  const mark = { ok: "✓ Safe", warn: "! Look", bad: "✗ Act", wait: "… " }[found.level];
+// What the daemon has judged, as it is: { level, line, advice }. Only its times are put in this browser's zone.
+export function showVerdict(found, now) {
+  const level = { safe: "ok", look: "warn", act: "bad", wait: "wait" }[found.level];
+  byId("verdict").dataset.level = level;
+  say("verdict-title", words.capital(found.line), undefined, now);
+  say("verdict-detail", found.advice.join(" "), undefined, now);
+  // In live mode its time goes on and on: that isn't read out.
+  say("verdict-said", words.capital(found.line.replace(TIME, "now")));
+  const mark = { ok: "✓ Safe", warn: "! Look", bad: "✗ Act", wait: "… " }[level];
   document.title = `${mark} · balancesync`;
-  byId("icon").href = `data:image/svg+xml,${encodeURIComponent(ICON.replace("COLOUR", COLOURS[found.level]))}`;
+  byId("icon").href = `data:image/svg+xml,${encodeURIComponent(ICON.replace("COLOUR", COLOURS[level]))}`;
 }
 
 export function showState(status) {

@@ -94,16 +94,18 @@ export function capital(text) {
   return text.charAt(0).toUpperCase() + text.slice(1);
 }
 
-// What a verify found to differ.
-export function drift(run) {
-  return run.mode === "verify" ? run.inserted + run.updated + run.deleted : 0;
-}
 
 // Whether a run's counts are keys of Redis, and not rows.
 export const countsKeys = (run) => ["restore", "prune"].includes(run.job);
 
+function compared(run) {
+  const moving = run.moving ? `, ${plural(run.moving, "key", "keys")} changed at every look` : "";
+  const none = run.scanned || run.moving ? "no drift" : "no keys to compare";
+  return (run.drift ? plural(run.drift, "row differs", "rows differ") : none) + moving;
+}
+
 export function outcome(run) {
-  if (run.mode === "verify") return drift(run) ? plural(drift(run), "row differs", "rows differ") : "no drift";
+  if (run.mode === "verify") return compared(run);
   const did = OUTCOMES.filter((name) => run[name] && name !== "unchanged");
   const told = did.map((name) => `${count(run[name])} ${name.replace("_", " ")}`).join(", ");
   if (!told) return run.scanned ? "nothing to change" : countsKeys(run) ? "no rows" : "no keys";
@@ -122,8 +124,8 @@ export function ended(run) {
 export function notes(run) {
   const found = run.error ? [{ level: ENDED_BADLY.includes(run.status) ? "bad" : "warn", text: run.error }] : [];
   found.push(...run.warnings.map((text) => ({ level: "warn", text })));
-  if (drift(run)) {
-    found.push({ level: "warn", text: `Drift: ${outcome(run)} between Redis and PostgreSQL; \`balancesync verify\` shows the first` });
+  if (run.drift) {
+    found.push({ level: "warn", text: `Drift: ${plural(run.drift, "row differs", "rows differ")} between Redis and PostgreSQL; \`balancesync verify\` shows the first` });
   }
   if (countsKeys(run) && run.scanned) found.push({ level: "", text: "The counts are keys in Redis, not rows" });
   return found;
@@ -144,99 +146,4 @@ export function noRejects(status) {
   if (away) return { known: false, short: "PostgreSQL can't tell now", long: "Not known: PostgreSQL can't tell now." };
   if (!status.last_success_at) return { known: false, short: "No sync has succeeded yet", long: "Not known yet." };
   return { known: true, short: "Every record could be stored", long: "None: every record that Redis holds could be stored." };
-}
-
-// Whether the balances are safe: { level: ok | warn | bad | wait, title, detail }.
-export function verdict(status, now) {
-  const found = judged(status, now);
-  if (status.state !== "draining") return found;
-  const run = status.current_run && status.current_run.trigger !== "cli";
-  const ends = run ? "its run ends with the batch under way, and" : "";
-  const detail = `This daemon is stopping: ${ends} nothing new is started. ${found.detail}`;
-  return say(found.level === "ok" ? "warn" : found.level, found.title, detail.replace(/ +/g, " "));
-}
-
-function judged(status, now) {
-  const until = status.safe_until && moment(status.safe_until, now);
-  const kept = until && `Everything up to ${until} is in PostgreSQL`;
-  const checks = status.health.checks;
-  const last = status.last_run;
-  const alone = "what has changed since is in Redis alone. ";
-  if (!status.postgres.connected) {
-    const since = kept ? `${kept}; ${alone}` : "";
-    return status.redis.connected
-      ? say("bad", "PostgreSQL doesn't answer", `${since}A sync starts when it's back.`)
-      : say("bad", "Neither PostgreSQL nor Redis answers", `${since}A sync starts when both are back.`);
-  }
-  if (checks.schema?.status === "failed") {
-    return say("bad", "balancesync's own tables can't be read", checks.schema.detail);
-  }
-  if (status.refusal) {
-    const held = kept ? `${kept}, and stays as it is: nothing` : "Nothing";
-    return say("bad", "Stopped: the guard refuses to follow Redis",
-      `${held} is written until you decide.`);
-  }
-  if (!status.redis.connected) {
-    const from = kept ? `${kept}, and balances are read from there; ${alone}` : "";
-    return say("bad", "Redis doesn't answer", `${from}A sync starts when it's back.`);
-  }
-  if (!until) return never(status, last);
-  const rejects = rejectsOf(status).reduce((sum, row) => sum + row.number, 0);
-  if (rejects && checks.rejects?.status === "degraded") {
-    return say("bad", `Not safe: ${plural(rejects, "record", "records")} can't be stored`,
-      `${capital(checks.rejects.detail)}. All others, up to ${until}, are in PostgreSQL.`);
-  }
-  if (checks.last_success?.status === "failed") {
-    return say("bad", `Not safe: nothing newer than ${until} is in PostgreSQL`,
-      "The last success is older than two intervals of the schedule.");
-  }
-  if (status.without_keys.length) {
-    return say("warn", `Redis had no key of ${status.without_keys.join(" and ")} at ${until}: is redis.url right?`,
-      "If it is: either the application has made none yet, or they are written in another way than `key` says.");
-  }
-  return since(status, last, until, rejects);
-}
-
-function never(status, last) {
-  if (status.current_run) {
-    return say("wait", "The first sync is running", "Its balances are safe when it has succeeded.");
-  }
-  if (last && !ENDED_WELL.includes(last.status)) {
-    return say("bad", `Not safe: no sync has succeeded, the last was ${last.status}`,
-      last.error ?? "");
-  }
-  return say("wait", "No sync has succeeded yet", "Nothing is known to be safe before one of all mappings has.");
-}
-
-function since(status, last, until, rejects) {
-  const exceptions = [
-    rejects && plural(rejects, "reject", "rejects"),
-    status.not_found && `${plural(status.not_found, "key", "keys")} without a row`,
-  ].filter(Boolean);
-  const but = exceptions.length ? `, but for ${exceptions.join(" and ")}` : "";
-  const more = status.live === "up" ? "; what changes follows live" : "";
-  const title = `Safe: everything up to ${until} is in PostgreSQL${but}${more}`;
-  const worries = [];
-  const differ = Object.values(status.drift).reduce((sum, number) => sum + number, 0);
-  if (differ) {
-    worries.push(`The last verify found drift: ${plural(differ, "row differs", "rows differ")} from Redis. \`balancesync verify\` shows the first as they are now.`);
-  }
-  if (["down", "catching up"].includes(status.live)) worries.push(`Live mode is ${status.live}.`);
-  if (status.health.checks.postponed?.status === "degraded") {
-    worries.push(`A run waits: ${status.health.checks.postponed.detail}.`);
-  } else if (last?.job === "sync" && last.mode === "apply" && !ENDED_WELL.includes(last.status)) {
-    // Another job can't leave PostgreSQL behind; what it failed of was told to whoever asked for it.
-    worries.push(`The last sync ${unwell(last)}`);
-  }
-  return say(worries.length ? "warn" : "ok", title, worries.join(" "));
-}
-
-function unwell(run) {
-  const { status, error } = run;
-  if (error?.startsWith(status)) return `was ${error}.`;
-  return `${status === "failed" ? "failed" : `was ${status}`}${error ? `: ${error}` : "."}`;
-}
-
-function say(level, title, detail) {
-  return { level, title, detail };
 }
