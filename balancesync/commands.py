@@ -149,7 +149,7 @@ async def _run(config: Config, args: Namespace, request: Request, *, wait_s: flo
 
 
 def _say_drift(document: Document, *, quiet: bool) -> int:
-    drift = sum(document[name] for name in ("inserted", "updated", "deleted"))
+    drift = document["drift"] or 0
     lost = any(warning.startswith(WOULD_BE_REFUSED) for warning in document["warnings"])
     if not quiet and document.get("error") is None:
         show.write(_verdict(document, drift, lost=lost))
@@ -163,8 +163,18 @@ def _verdict(document: Document, drift: int, *, lost: bool) -> str:
         return f"{differ}, and Redis has lost balances" if lost else f"{differ} from Redis"
     if lost:
         return "Redis has lost balances: what is left of them agrees with PostgreSQL"
-    besides = {"rejected": "rejects", "not_found": "keys without a row"}
-    but = [f"{document[name]:,} {what}" for name, what in besides.items() if document[name]]
+    if not document["scanned"] and not document["moving"]:
+        return "Redis has no key of it: there was nothing to compare"
+    besides = {
+        "rejected": ("reject", "rejects"),
+        "not_found": ("key without a row", "keys without a row"),
+        "moving": ("key that changed at every look", "keys that changed at every look"),
+    }
+    but = [
+        f"{document[name]:,} {one if document[name] == 1 else many}"
+        for name, (one, many) in besides.items()
+        if document[name]
+    ]
     return "Redis and PostgreSQL agree" + (", but for " + " and ".join(but) if but else "")
 
 

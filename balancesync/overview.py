@@ -288,6 +288,7 @@ def situation(
         until=recorded.until,
         success=_success(config, recorded.success),
         refused=[each["mapping"] for each in recorded.refusals],
+        elsewhere=[elsewhere(each["mapping"], each["reason"]) for each in recorded.elsewhere],
         rejects=sum(sum(reasons.values()) for reasons in recorded.rejects.values()),
         rejects_over=checks["rejects"]["detail"] if checked["rejects"] != "ok" else None,
         overdue=checked["last_success"] == "failed",

@@ -170,6 +170,15 @@ def status_text(status: str) -> Text:
     return Text(status, STYLES.get(status, ""))
 
 
+def outcome_text(run: Document) -> Text:
+    """How a run ended; a verify that found drift has ended well, and found no good."""
+    drift = run.get("drift")
+    if not drift:
+        return status_text(run["status"])
+    differ = "1 differs" if drift == 1 else f"{drift:,} differ"
+    return Text(f"{run['status']}, {differ}", STYLES["error"])
+
+
 def ago(seconds: float) -> str:
     """A duration, as people say it.
 
@@ -200,7 +209,7 @@ def moment(text: str | None) -> str:
 def show_run(run: Document) -> None:
     """One run: how it ended, its counts by mapping, what differs, its warnings."""
     name = {"dry_run": "dry run", "verify": "verify"}.get(run["mode"], run["job"])
-    head = Text.assemble(f"{name} ", status_text(run["status"]))
+    head = Text.assemble(f"{name} ", outcome_text(run))
     if run["duration_s"] is not None:
         head.append(f" in {ago(run['duration_s'])}")
     if run["attempts"] > 1:
@@ -289,7 +298,7 @@ def show_runs(runs: Sequence[Document], limit: int, *, chosen: bool) -> None:
         took = run["duration_s"]
         made.add_row(
             *(moment(run["started_at"]), run["job"], run["trigger"], run["mode"]),
-            status_text(run["status"]),
+            outcome_text(run),
             "-" if took is None else ago(took),
             *(f"{run[name]:,}" for name in names),
             run["id"],

@@ -8,8 +8,7 @@ from rich.text import Text
 
 from balancesync.documents import Document
 from balancesync.progress import WORDS
-from balancesync.records import elsewhere
-from balancesync.show import STYLES, Grid, Line, ago, moment, status_text, write
+from balancesync.show import STYLES, Grid, Line, ago, moment, outcome_text, status_text, write
 from balancesync.telemetry import printable
 
 _LEVELS: Final = {
@@ -40,8 +39,6 @@ def status_lines(status: Document) -> list[Line]:
         lines += [Text(printable(f"{text}{refusal['reason']}"), STYLES["refused"]), ""]
     if status["refusal"]:
         lines += [*_ways(status["refusal"]), ""]
-    for refusal in status.get("refused_elsewhere") or ():
-        lines += [Text(printable(elsewhere(refusal["mapping"], refusal["reason"])), "yellow"), ""]
     return [*lines, grid]
 
 
@@ -152,7 +149,7 @@ def _run_text(run: Document | None) -> Text:
     took = "" if run["duration_s"] is None else f" in {ago(run['duration_s'])}"
     name = {"dry_run": "dry run", "verify": "verify"}.get(run["mode"], run["job"])
     begun = f"{name} ({run['trigger']}) at {moment(run['started_at'])}, "
-    return Text.assemble(begun, status_text(run["status"]), f"{took}, {run['id']}")
+    return Text.assemble(begun, outcome_text(run), f"{took}, {run['id']}")
 
 
 def show_stats(stats: Document) -> None:

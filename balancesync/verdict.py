@@ -63,7 +63,7 @@ class Situation:
 
     Of both servers whether they answer. `until` is the moment up to which all is known to be in
     PostgreSQL. `trouble` is why balancesync's own tables can't be read. `refused` are the mappings
-    that the guard refuses. Of rejects how many are open, and the limit that they are over.
+    that the guard refuses; `elsewhere` says what it has refused on another Redis. Of rejects how many are open, and the limit that they are over.
     `overdue` says that no success is as young as the schedule wants. `drift` is what the last
     verify found to differ, by mapping. `synced` and `verified` are the last sync that was to write
     and the last verify that ended. `waits` is what a postponed run waits for; `stale`, why all this
@@ -76,6 +76,7 @@ class Situation:
     success: Success | None = None
     trouble: str | None = None
     refused: Sequence[str] = ()
+    elsewhere: Sequence[str] = ()
     rejects: int = 0
     rejects_over: str | None = None
     overdue: bool = False
@@ -283,6 +284,8 @@ def _worries(now: Situation) -> dict[str, str]:
         found["nobody follows changes"] = (
             "Live mode is enabled, but no daemon leads: start one with `balancesync run`."
         )
+    if now.elsewhere:
+        found["a sync was refused on another Redis"] = " ".join(map(_sentence, now.elsewhere))
     if now.stale:
         found["what is recorded can't be read now"] = _sentence(now.stale)
     if now.waits:

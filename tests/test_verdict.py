@@ -70,6 +70,11 @@ STATES: dict[str, tuple[Situation, str, str]] = {
         "act",
         "stopped by the guard: nothing is written",
     ),
+    "refused elsewhere": (
+        replace(GOOD, elsewhere=["a sync was refused on another Redis: is redis.url right?"]),
+        "look",
+        f"{UNTIL}; a sync was refused on another Redis",
+    ),
     "Redis down": (
         replace(GOOD, redis=False),
         "act",
