@@ -63,11 +63,12 @@ class Situation:
 
     Of both servers whether they answer. `until` is the moment up to which all is known to be in
     PostgreSQL. `trouble` is why balancesync's own tables can't be read. `refused` are the mappings
-    that the guard refuses; `elsewhere` says what it has refused on another Redis. Of rejects how many are open, and the limit that they are over.
-    `overdue` says that no success is as young as the schedule wants. `drift` is what the last
-    verify found to differ, by mapping. `synced` and `verified` are the last sync that was to write
-    and the last verify that ended. `waits` is what a postponed run waits for; `stale`, why all this
-    is as of some time ago. `attended` says that a daemon runs things; `stops`, that it is stopping.
+    that the guard refuses; `elsewhere` says what it has refused on another Redis. Of rejects how
+    many are open, and the limit that they are over. `overdue` says that no success is as young as
+    the schedule wants. `drift` is what the last verify found to differ, by mapping. `synced` and
+    `verified` are the last sync that was to write and the last verify that ended. `waits` is what a
+    postponed run waits for; `stale`, why all this is as of some time ago. `attended` says that a
+    daemon runs things; `stops`, that it is stopping.
     """
 
     redis: bool = True
