@@ -142,7 +142,7 @@ def _servers(now: Situation) -> Verdict | None:
 def _back(now: Situation) -> Iterator[str]:
     """What happens when the server is back, and what to do if it has lost its balances."""
     if now.postgres and now.until:
-        yield "Balances are read from PostgreSQL meanwhile."
+        yield "Meanwhile balances are read from there."
     if now.attended and not now.stops:
         both = not now.postgres and not now.redis
         yield f"A sync starts when {'both are' if both else 'it is'} back."
@@ -152,12 +152,12 @@ def _back(now: Situation) -> Iterator[str]:
         yield "If Redis comes back without balances, `balancesync restore` brings these back."
 
 
-_DECIDE: Final = "The guard refuses to follow Redis: nothing is written until you decide."
+_DECIDE: Final = "Nothing is written until you decide."
 
 
 def _stopped(now: Situation) -> str:
     kept = f"{_kept(now)}, and stays as it is" if now.until else "nothing is written"
-    return f"stopped by the guard: {kept}"
+    return f"stopped: the guard refuses to follow Redis; {kept}"
 
 
 def _trouble(now: Situation) -> Verdict | None:

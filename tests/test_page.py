@@ -227,7 +227,7 @@ async def test_drift_shows_until_somebody_has_looked_again(
         assert await typed(config, "verify") == 1
         # A slip is no reason to look.
         assert await typed(config, "restore", "--as-of", "2020-01-01T00:00:00Z") == 1
-        await page.until("#verdict-detail", "The last verify found drift: 2 rows differ from Redis")
+        await page.until("#verdict-title", "the last verify found that 2 rows differ from Redis")
         assert "restore" not in await page.text("#verdict-detail")
         assert await page.page.get_attribute("#verdict", "data-level") == "warn"
         await page.until("#runs tbody", "drift found")

@@ -63,12 +63,12 @@ STATES: dict[str, tuple[Situation, str, str]] = {
     "refused": (
         replace(GOOD, refused=["m"]),
         "act",
-        f"stopped by the guard: {UNTIL}, and stays as it is",
+        f"stopped: the guard refuses to follow Redis; {UNTIL}, and stays as it is",
     ),
     "refused at once": (
         replace(NEVER, refused=["m"]),
         "act",
-        "stopped by the guard: nothing is written",
+        "stopped: the guard refuses to follow Redis; nothing is written",
     ),
     "refused elsewhere": (
         replace(GOOD, elsewhere=["a sync was refused on another Redis: is redis.url right?"]),
@@ -88,7 +88,8 @@ STATES: dict[str, tuple[Situation, str, str]] = {
     "Redis down and refused": (
         replace(GOOD, redis=False, refused=["m"]),
         "act",
-        f"Redis doesn't answer; stopped by the guard: {UNTIL}, and stays as it is",
+        "Redis doesn't answer; stopped: the guard refuses to follow Redis;"
+        f" {UNTIL}, and stays as it is",
     ),
     "Redis down before a sync": (replace(NEVER, redis=False), "act", "Redis doesn't answer"),
     "PostgreSQL down": (
@@ -199,7 +200,7 @@ STATES: dict[str, tuple[Situation, str, str]] = {
     "draining and refused": (
         replace(GOOD, stops=True, refused=["m"]),
         "act",
-        f"stopped by the guard: {UNTIL}, and stays as it is",
+        f"stopped: the guard refuses to follow Redis; {UNTIL}, and stays as it is",
     ),
 }
 
