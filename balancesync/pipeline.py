@@ -300,8 +300,8 @@ class Pipeline(Attempt):
                 if part.diff.altered:
                     self._warn(
                         f'mapping "{name}": {part.diff.altered:,} rows hold what rules and triggers'
-                        f" of {part.mapping.config.table} made of the values in Redis; they count as"
-                        " unchanged, see docs/guarantees.md"
+                        f" of {part.mapping.config.table} made of the values in Redis; they count"
+                        " as unchanged, see docs/guarantees.md"
                     )
             else:
                 self._run.mappings[name] = part.tally(part.would_apply, Applied(), complete=True)
