@@ -98,10 +98,11 @@ class Comparison:
         for op, rows in gone.items():
             _take(found.drift, op, rows)
         for op in _ops(self._part.mapping):
-            rows = await self._drop_refused(found.writer, op)
-            _take(found.drift, op, rows)
-            # A row that the table doesn't let go has no key, and so is no record.
-            self._rejected += rows if op != "d" else 0
+            # A row that the table doesn't let go has no key, and so is no reject.
+            if op != "d":
+                rows = await self._drop_refused(found.writer, op)
+                _take(found.drift, op, rows)
+                self._rejected += rows
 
     async def _reread(self, first: Writer, found: Found) -> None:
         """Read what differed once more, into the next look."""
@@ -139,7 +140,7 @@ class Comparison:
             numbers = [
                 number
                 for key, (number, values) in keys.items()
-                if key in rejects and rejects[key] == _refused(op, values)
+                if key in rejects and rejects[key] == _refused(values)
             ]
             if numbers:
                 await writer.forget(numbers)
@@ -148,10 +149,10 @@ class Comparison:
         return dropped
 
 
-def _refused(op: Op, values: Sequence[str | None]) -> tuple[str, bytes | None]:
+def _refused(values: Sequence[str | None]) -> tuple[str, bytes | None]:
     """Reason and value as a reject of such a row is kept."""
     text = "\t".join(value if value is not None else "" for value in values)
-    return "refused_by_table", None if op == "d" else text.encode()[:_KEPT_BYTES]
+    return "refused_by_table", text.encode()[:_KEPT_BYTES]
 
 
 def _ops(mapping: Mapping) -> tuple[Op, ...]:

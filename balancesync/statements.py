@@ -198,6 +198,7 @@ def _texts(config: MappingConfig) -> dict[str, str]:
         "s_texts": ", ".join(
             key_text(f"s.{short}", config.types[name]) for name, short in zip(keys, k, strict=True)
         ),
+        "raw_texts": ", ".join(f"{name}::text AS {name}" for name in v),
         "s_value_texts": ", ".join(f"s.{name}::text" for name in v),
         "old_texts": ", ".join(f"{name}::text AS {name}" for name in o),
         "s_key_texts": key_array(config, [f"s.{name}" for name in k]),
