@@ -13,6 +13,7 @@ from balancesync import table as tables
 from balancesync.config import Config, MappingConfig
 from balancesync.continuity import Sighting
 from balancesync.database import Connection, Database, Steps, load_sql, quote
+from balancesync.ear import Ear
 from balancesync.errors import BalanceSyncError, SchemaTooNew, TargetMismatch, Unavailable
 from balancesync.findings import Finding, failure
 from balancesync.nodes import Facts
@@ -36,6 +37,7 @@ async def check(config: Config, database: Database, source: Source) -> AsyncIter
         redis = redis and finding.level not in ("error", "unreachable")
         yield finding
     if redis:
+        yield await _check_guard(config, source)
         yield await _check_live(config, source)
     seen = (await look_at_redis(config.redis, source))[1] if redis else None
     found: dict[str, Table] = {}
@@ -130,6 +132,40 @@ def _judge_persistence(fact: Facts) -> list[Finding]:
         return [Finding("ok", "redis", text)]
     text = f"{where} keeps nothing on disk: {lost}; CONFIG SET appendonly yes"
     return [Finding("warning", "redis", text)]
+
+
+async def _check_guard(config: Config, source: Source) -> Finding:
+    """Whether it would be known that Redis was emptied, and filled again from zero."""
+    try:
+        seen = (await source.identity()).sighting
+    except BalanceSyncError as error:
+        return failure("guard", error)
+    blind = [each for each in seen.primaries if each.untold]
+    if not blind:
+        return Finding("ok", "guard", "Redis tells whether it was emptied since the last success")
+    ear = Ear(source, _no_moment)
+    await ear.tend()
+    hears, refusal = ear.is_open, ear.refusal
+    await ear.close()
+    what = f"Redis at {blind[0].address} doesn't tell whether it was emptied since the last success"
+    text = f"{what}: its INFO lacks {' and '.join(blind[0].untold)}"
+    limit = f"guard.max_loss = {config.guard.max_loss:g}"
+    if hears:
+        rest = "a daemon hears it as long as it's up; a command that finds none"
+        return Finding("ok", "guard", f"{text}; {rest} refuses more changes than {limit}")
+    if config.guard.max_loss >= 1:
+        rest = f"and {limit} lets whatever came back pass: set it below 1"
+        return Finding("warning", "guard", f"{text}, nobody can hear it ({refusal}), {rest}")
+    rest = (
+        f"a sync that finds more balances changed than {limit} is refused; sync more often, or"
+        " raise it"
+    )
+    return Finding("warning", "guard", f"{text}, and nobody can hear it ({refusal}): {rest}")
+
+
+async def _no_moment() -> int:
+    """It listens for a moment only, to see that it could."""
+    return 0
 
 
 async def _check_live(config: Config, source: Source) -> Finding:

@@ -81,6 +81,11 @@ class Primary:
         }
         return [name for name, value in lacking.items() if value is None]
 
+    @property
+    def is_blind(self) -> bool:
+        """Whether nobody can know that it was emptied: it doesn't tell, and nobody listens."""
+        return bool(self.untold) and self.heard_since is None
+
     def is_past_of(self, later: "Primary") -> bool:
         """Whether `later` says that it goes on with this one's history."""
         return self.history is not None and self.history in (later.history, later.past)
@@ -210,12 +215,13 @@ class Place:
 @dataclass(frozen=True, slots=True)
 class Doubt:
     """Why Redis may have been empty. `keys` are those that may have gone; `is_blind`: it's only
-    that nobody can know."""
+    that nobody can know; `is_partial`: other primaries are proven."""
 
     kind: DoubtKind
     sentence: str
     keys: int = 0
     is_blind: bool = False
+    is_partial: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,8 +268,11 @@ def judge_continuity(before: Sighting, now: Sighting, max_loss: float) -> Contin
     if doubts:
         # What is known to have happened is worth more to the reader than what nobody knows.
         first = min(doubts, key=lambda doubt: doubt.is_blind)
-        lost = sum(doubt.keys for doubt in doubts)
-        return Continuity(Doubt(first.kind, first.sentence, lost, first.is_blind))
+        lost, is_partial = sum(doubt.keys for doubt in doubts), len(doubts) < len(found)
+        sentence = first.sentence
+        if is_partial and first.kind != "gone":
+            sentence = f"{sentence} (this is about {len(doubts)} of {len(found)} primaries)"
+        return Continuity(Doubt(first.kind, sentence, lost, first.is_blind, is_partial))
     return Continuity(is_unbroken=all(each.is_unbroken for each in found))
 
 

@@ -197,6 +197,7 @@ class Facts:
     def _health(self, recorded: overview.Recorded | None) -> tuple[int, Document]:
         state = self._state
         checks = overview.server_checks(state.redis, state.postgres)
+        checks["guard"] = overview.guard_check(self._config, state.seen)
         why = self._records.error if state.postgres.connected else overview.UNASKED
         if recorded is None:
             checks |= overview.unknown_checks(str(why or "not asked yet"))

@@ -17,7 +17,8 @@ LEVELS: Final = get_args(Level)
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing looked at. `topic` is configuration, redis, postgres, live or a mapping's name."""
+    """One thing looked at. `topic` is configuration, redis, guard, live, postgres or a mapping's
+    name."""
 
     level: Level
     topic: str

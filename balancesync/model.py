@@ -289,14 +289,16 @@ def guard(
     suspicion: str | None,
     max_loss: float,
     max_change: float,
+    suspected: int | None = None,
 ) -> Judgement:
     """Judge one mapping. Shares are 0 to 1.
 
     `baseline` is None when nothing was known before (then no key can have been lost). An
     application that starts again from zero re-creates keys, and must not hide or heal its own loss
     by that. So under `suspicion`, which says why Redis may have been empty since the last success,
-    a key whose value differs from its row counts as lost, too; and while a refusal is `standing`,
-    none may be lost or differ.
+    a key whose value differs from its row counts as lost, too, and where only some primaries are
+    under suspicion, it counts against the `suspected` keys that they held; and while a refusal is
+    `standing`, none may be lost or differ.
     """
     known = lost = 0
 
@@ -315,6 +317,11 @@ def guard(
         if standing and max_loss < 1 and rows + made_anew:
             found = _of_the_known(known, rows, made_anew)
             return refuse("loss", f"{found}, and the refusal stands until none is")
+        whole = known if suspected is None else min(known, suspected)
+        if made_anew and whole < known and exceeds(lost + made_anew, max_loss, whole):
+            found = _of_the_known(known, lost, made_anew)
+            limit = f"more than guard.max_loss = {max_loss:g} of the {whole:,} keys that were there"
+            return refuse("loss", f"{suspicion}: {found}, {limit}")
         if exceeds(lost + made_anew, max_loss, known):
             found = _of_the_known(known, lost, made_anew)
             since = f"{suspicion}: " if suspicion else ""

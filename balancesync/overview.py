@@ -209,7 +209,8 @@ async def status(config: Config, database: Database, source: Source) -> Document
     )
     recorded = await read(database, config, seen) if postgres.connected else None
     leader = await _ask_leader(database) if postgres.connected else None
-    checks = server_checks(redis, postgres) | _checks(config, recorded)
+    guard = {"guard": guard_check(config, seen)}
+    checks = server_checks(redis, postgres) | guard | _checks(config, recorded)
     now = situation(config, redis, postgres, recorded, checks)
     now = replace(now, attended=leader is not None, live_wanted=config.live.enabled)
     return status_document(redis, postgres, recorded) | {
@@ -365,7 +366,7 @@ async def health(config: Config, database: Database, source: Source) -> Document
     (redis, seen), postgres = await asyncio.gather(
         look_at_redis(config.redis, source), probe_postgres(database)
     )
-    checks = server_checks(redis, postgres)
+    checks = server_checks(redis, postgres) | {"guard": guard_check(config, seen)}
     recorded = None
     if postgres.connected:
         try:
@@ -404,6 +405,19 @@ def server_checks(redis: Server, postgres: Server) -> dict[str, Document]:
         "redis": _server_check(redis, "degraded"),
         "postgres": _server_check(postgres, "failed"),
     }
+
+
+def guard_check(config: Config, seen: Sighting | None) -> Document:
+    """Whether a Redis that was emptied, and filled again, would be noticed; `seen` is the last."""
+    blind = [each for each in seen.primaries if each.is_blind] if seen else []
+    if not blind:
+        return check("ok", "not known" if seen is None else "a loss would be noticed")
+    what = f"Redis at {blind[0].address} doesn't tell whether it was emptied: its INFO lacks"
+    text = f"{what} {' and '.join(blind[0].untold)}"
+    limit = f"guard.max_loss = {config.guard.max_loss:g}"
+    if config.guard.max_loss < 1:
+        return check("ok", f"{text}; more changes than {limit} between two syncs are refused")
+    return check("degraded", f"{text}, and {limit} lets whatever came back pass: set it below 1")
 
 
 def _server_check(server: Server, otherwise: Level) -> Document:

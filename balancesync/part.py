@@ -122,6 +122,7 @@ class Part:
             baseline,
             standing=remembered.refusal is not None if standing is None else standing,
             suspicion=None if doubt is None else doubt.sentence,
+            suspected=self._suspected(doubt),
             max_loss=limits.max_loss,
             max_change=limits.max_change,
         )
@@ -130,6 +131,13 @@ class Part:
             return judged
         reason = f"{refusal.reason}; {WAYS_OUT}"
         return replace(judged, refusal=replace(refusal, reason=reason))
+
+    def _suspected(self, doubt: Doubt | None) -> int | None:
+        """The keys of those primaries of a cluster that may have been emptied."""
+        # All fields of a big hash are one key.
+        if doubt is None or not doubt.is_partial or self.mapping.config.member:
+            return None
+        return doubt.keys
 
     def _known(self, baseline: Baseline | None) -> Baseline | None:
         """What the guard judges by. Of a table of our own nothing is in Redis by chance: where no

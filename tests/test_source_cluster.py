@@ -81,8 +81,8 @@ class Cluster:
 
 
 @contextmanager
-def running_cluster() -> Iterator[Cluster]:
-    settings = {"cluster-enabled": "yes", "cluster-node-timeout": "1000"}
+def running_cluster(**more: str) -> Iterator[Cluster]:
+    settings = {"cluster-enabled": "yes", "cluster-node-timeout": "1000", **more}
     with ExitStack() as stack:
         cluster = Cluster([stack.enter_context(RedisServer(settings)) for _ in SHARES])
         for client in cluster.clients:
