@@ -10,6 +10,7 @@
     ├── LockHeld                    75
     ├── Transient                    1   a later attempt may succeed
     │   ├── SourceChanged            1
+    │   │   └── Shrunk               1
     │   ├── Gap                      1
     │   ├── Locked                   1
     │   └── Unavailable             75
@@ -97,6 +98,10 @@ class Transient(BalanceSyncError):
 
 class SourceChanged(Transient):
     """Redis restarted or changed its role or database in mid-run, so what was read is no whole."""
+
+
+class Shrunk(SourceChanged):
+    """Redis lost so many keys while it was read that what was read is none to judge by."""
 
 
 class Gap(Transient):

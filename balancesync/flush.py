@@ -9,6 +9,7 @@ FLUSHALL took is told by then, and never looks like keys that were deleted one b
 """
 
 import asyncio
+from collections.abc import Iterable
 from collections.abc import Mapping as Dictionary
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -18,10 +19,12 @@ from typing import Final
 import structlog
 
 from balancesync import table as tables
+from balancesync.absences import Absences
 from balancesync.apply import Applied, Applier
 from balancesync.config import Config
 from balancesync.database import Database, Steps
 from balancesync.errors import Gap, MappingFailed
+from balancesync.hashes import HashWatch
 from balancesync.history import History
 from balancesync.keyed import KeyedWriter
 from balancesync.mapping import Mapping
@@ -56,20 +59,18 @@ class _Keyed:
     """A mapping's part of one flush: its keys, and those whose rows are left without one."""
 
     part: Part
+    writer: KeyedWriter
     keys: list[bytes]
     unread: set[bytes]
     absent: list[bytes] = field(default_factory=list)
 
 
 class Flusher:
-    """Brings changed keys to PostgreSQL, in a session that is made anew after any failure.
-
-    `absent` are the keys that rows have lost since `forget`, by mapping; those that were pruned
-    aren't lost.
-    """
+    """Brings changed keys to PostgreSQL, in a session that is made anew after any failure."""
 
     def __init__(self, config: Config, database: Database, source: Source) -> None:
-        self.absent: dict[str, set[bytes]] = {each.name: set() for each in config.mapping}
+        self._hashes = HashWatch(config, database, source)
+        self._absences = {each.name: Absences() for each in config.mapping}
         self._config = config
         self._database = database
         self._source = source
@@ -87,8 +88,16 @@ class Flusher:
         What a restart of PostgreSQL before that run has lost, it has brought back.
         """
         self._server_since = self._database.server_since
-        for keys in self.absent.values():
-            keys.clear()
+        for absences in self._absences.values():
+            absences.forget()
+
+    async def look(self, names: Iterable[str]) -> None:
+        """Look at big hashes that have changed; raises Gap if one of them is gone, or much of it.
+
+        It may be back, begun again from zero, when it is next read as a whole.
+        """
+        if found := await self._hashes.look(names):
+            raise Gap(f"{found}, more than guard.max_loss allows")
 
     async def close(self) -> None:
         """Close the session; the next flush makes a new one."""
@@ -192,7 +201,7 @@ class Flusher:
             if isinstance(writer, KeyedWriter):
                 keyed.append(await self._read(writer, keys, tracking, opened.rejects))
                 await self._count_absent(session, keyed[-1], remembered)
-                self._judge(keyed[-1], remembered)
+                await self._judge(session, keyed[-1], remembered)
                 continue
             try:
                 counts[name] = await self._rescan(session, writer, tracking, opened, remembered)
@@ -205,6 +214,8 @@ class Flusher:
         for read in keyed:
             name = read.part.mapping.name
             counts[name] = await self._apply(session, read.part, stamp, opened.run)
+            await self._note(session, read, known.get(name, _UNKNOWN))
+            await read.part.writer.clear()
         await self._records.merge_keyed_rejects(
             session.connection,
             opened.run,
@@ -236,38 +247,47 @@ class Flusher:
         await writer.stage_keys(batch, gone)
         rejects.take(mapping.name, batch.rejects)
         part.diff = await writer.diff()
-        return _Keyed(part, keys, set(gone), await writer.absent_keys())
+        return _Keyed(part, writer, keys, set(gone), await writer.absent_keys())
 
     async def _count_absent(self, session: Session, read: _Keyed, remembered: Remembered) -> None:
         """Take in which keys rows have lost, and which have come back."""
-        mapping = read.part.mapping
+        mapping, absences = read.part.mapping, self._absences[read.part.mapping.name]
+        absences.begin(remembered)
         lost, back = set(read.absent), set(read.keys) - read.unread
-        absent = self.absent[mapping.config.name]
-        if absent:
-            absent.difference_update(back)
+        absences.come_back(back)
         # A key may be told to be gone more than once.
-        read.part.diff.absent = len(lost - absent)
+        read.part.diff.absent = len(lost - absences.gone)
         if remembered.baseline is not None and remembered.baseline.pruned:
             connection = session.connection
             # One that is there is pruned no more: when it goes again, it is lost.
             await self._records.withdraw_pruned(connection, mapping.name, _texts(mapping, back))
             pruned = await self._records.pruned(connection, mapping.name, _texts(mapping, lost))
             lost -= {mapping.print_key(texts) for texts in pruned}
-        absent.update(lost)
+        absences.gone.update(lost)
 
-    def _judge(self, read: _Keyed, remembered: Remembered) -> None:
+    async def _judge(self, session: Session, read: _Keyed, remembered: Remembered) -> None:
         """Raise Gap if rows have lost so many keys by now that only the guard may judge it."""
         part, limits, baseline = read.part, self._config.guard, remembered.baseline
         name = part.mapping.name
         if baseline is None:
             raise Gap(f'mapping "{name}": no full run has succeeded yet')
-        known, lost = remembered.known, len(self.absent[name])
+        absences = self._absences[name]
+        lost = len(absences.gone)
+        if exceeds(lost, limits.max_loss, absences.known):
+            # What live mode has brought since is known, too; it takes a count of the table.
+            rows = await part.writer.count_known(baseline.absent, remembered.known_at)
+            counted = rows + len(absences.deleted) - baseline.pruned
+            absences.known = max(absences.known, counted)
+        known = absences.known
         if known <= 0 < lost and limits.max_loss < 1:
             raise Gap(
                 f'mapping "{name}": keys that the last full run didn\'t know are gone: {lost:,}'
             )
         lost = min(lost, known)
         if exceeds(lost, limits.max_loss, known):
+            await self._save_absences(session, name)
+            doubt = f"{lost:,} of {known:,} known keys were seen to be gone"
+            await self._records.save_doubt(session.connection, name, doubt)
             raise Gap(
                 f'mapping "{name}": {lost:,} of {known:,} known keys are gone since the'
                 f" last full run, more than guard.max_loss = {limits.max_loss:g}"
@@ -278,6 +298,21 @@ class Flusher:
                 f'mapping "{name}": {writes:,} rows would be changed at once, more than'
                 f" guard.max_change = {limits.max_change:g}"
             )
+
+    async def _note(self, session: Session, read: _Keyed, remembered: Remembered) -> None:
+        """Have the guard of a full run know, in whatever process, what this flush has done."""
+        part = read.part
+        absences = self._absences[part.mapping.name]
+        if part.applied.deleted:
+            absences.deleted |= set(read.absent) - set(await read.writer.absent_keys())
+        is_first = remembered.gone is None and part.applied.rows
+        if is_first or not absences.are_saved(remembered):
+            await self._save_absences(session, part.mapping.name)
+
+    async def _save_absences(self, session: Session, mapping: str) -> None:
+        absences = self._absences[mapping]
+        gone, deleted = len(absences.gone), len(absences.deleted)
+        await self._records.save_gone(session.connection, mapping, gone, deleted)
 
     async def _stamp(self, session: Session, run: Run) -> Stamp:
         """To be asked when all has been read."""
@@ -298,9 +333,7 @@ class Flusher:
             said = f'mapping "{part.mapping.name}": {warning}'
             if said not in run.warnings and len(run.warnings) < _WARNINGS:
                 run.warnings.append(said)
-        counts = part.tally(part.applied, Applied(), complete=True)
-        await part.writer.clear()
-        return counts
+        return part.tally(part.applied, Applied(), complete=True)
 
     async def _rescan(
         self,
@@ -319,6 +352,9 @@ class Flusher:
         part.diff = await writer.diff()
         refusal = (await part.judge(remembered, self._config.guard, None)).refusal
         if refusal:
+            if refusal.kind == "loss":
+                doubt = f"the big hash was seen with {part.present:,} of its fields"
+                await self._records.save_doubt(connection, mapping.name, doubt)
             raise Gap(f'mapping "{mapping.name}": {refusal.reason}')
         await tracking.settle()
         counts = await self._apply(session, part, stamp, opened.run)
@@ -326,7 +362,10 @@ class Flusher:
         counts.absent = counts.deleted
         names = [mapping.name]
         async with session.transaction():
+            if part.present > remembered.known:
+                await self._records.save_seen(connection, mapping.name, part.baseline)
             await self._records.merge_rejects(connection, opened.run, stamp.at, names, None)
+        await writer.clear()
         await session.plan_by_index()
         return counts
 

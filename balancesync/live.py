@@ -266,6 +266,7 @@ class Live:
             if settling:
                 await tracking.settle()
             self._gather(tracking)
+            await self._look()
             if settling:
                 self._pending.hurry()
             if not self._caught_up:
@@ -302,6 +303,15 @@ class Live:
         proven_at = tracking.proven_at
         self._pending.add(*tracking.take(), proven_at)
         self._count(len(self._pending))
+
+    async def _look(self) -> None:
+        try:
+            await self._flusher.look(self._pending.hashes)
+        except Gap:
+            raise
+        except BalanceSyncError as error:
+            # Whatever is away, a flush or the tracking itself meets it, and deals with it.
+            log.debug("a big hash can't be looked at", error=str(error))
 
     def _count(self, pending: int) -> None:
         self._metrics.live_pending.set(pending)

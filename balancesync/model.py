@@ -312,7 +312,7 @@ def guard(
         # Rows may have gone with their keys, and some keys never had one.
         lost = max(rows, known - seen.present)
         if not seen.present:
-            return refuse("loss", f"Redis has no key at all, but {baseline.present:,} were known")
+            return refuse("loss", f"Redis has no key at all, but {known:,} were known")
         made_anew = seen.changed if standing or suspicion else 0
         if standing and max_loss < 1 and rows + made_anew:
             found = _of_the_known(known, rows, made_anew)

@@ -11,7 +11,7 @@ from balancesync.apply import Applied
 from balancesync.config import GuardConfig
 from balancesync.continuity import Doubt
 from balancesync.mapping import Mapping
-from balancesync.model import Baseline, Counts, Judgement, Observed, Reject, guard
+from balancesync.model import Baseline, Counts, Judgement, Observed, Reject, exceeds, guard
 from balancesync.nodes import Identity
 from balancesync.reading import Reading
 from balancesync.records import Remembered
@@ -108,7 +108,7 @@ class Part:
         if baseline is not None and baseline.pruned:
             away = baseline.pruned - await self.writer.count_pruned_back()
             baseline = replace(baseline, pruned=away)
-        baseline = self._known(baseline)
+        baseline = await self._known(baseline, remembered, limits.max_loss)
         seen = Observed(
             present=self.present,
             absent=self.diff.absent,
@@ -121,8 +121,8 @@ class Part:
             seen,
             baseline,
             standing=remembered.refusal is not None if standing is None else standing,
-            suspicion=None if doubt is None else doubt.sentence,
-            suspected=self._suspected(doubt),
+            suspicion=remembered.doubt or (None if doubt is None else doubt.sentence),
+            suspected=None if remembered.doubt else self._suspected(doubt),
             max_loss=limits.max_loss,
             max_change=limits.max_change,
         )
@@ -139,16 +139,29 @@ class Part:
             return None
         return doubt.keys
 
-    def _known(self, baseline: Baseline | None) -> Baseline | None:
-        """What the guard judges by. Of a table of our own nothing is in Redis by chance: where no
-        success knows of a key, all rows that were written since are known.
+    async def _known(
+        self, baseline: Baseline | None, remembered: Remembered, max_loss: float
+    ) -> Baseline | None:
+        """What the guard judges by: the keys of the last success, and those that live mode has
+        brought since. Of a table of our own nothing is in Redis by chance: where no success knows
+        of a key, all rows that were written since are known.
         """
         # More may have been pruned than a success knew of: rows that were written since.
         nothing = baseline is None or baseline.present <= baseline.pruned
-        if not nothing or self.mapping.config.mode != "upsert":
-            return baseline
-        absent = baseline.absent + baseline.pruned if baseline is not None else 0
-        return Baseline(present=max(self.diff.target_rows - absent, 0), absent=absent)
+        baseline = baseline or Baseline(present=0, absent=0)
+        followed = remembered.gone is not None
+        if self.mapping.config.mode == "upsert" and (nothing or followed):
+            rows = self.diff.target_rows - baseline.absent + remembered.deleted
+            baseline = replace(baseline, present=max(baseline.present, rows))
+        gone = max(remembered.gone or 0, self.diff.absent - baseline.absent - baseline.pruned)
+        if followed and exceeds(gone, max_loss, baseline.present - baseline.pruned):
+            # Rows of the application's may have got their keys since, and were written then.
+            rows = await self.writer.count_known(baseline.absent, remembered.known_at)
+            known = max(baseline.present, rows + remembered.deleted)
+            lost = await self.writer.count_written_lost(remembered.known_at)
+            absent = min(baseline.absent, self.diff.absent - baseline.pruned - lost)
+            baseline = replace(baseline, present=known, absent=absent)
+        return baseline
 
     @property
     def baseline(self) -> Baseline:

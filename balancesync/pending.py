@@ -50,6 +50,11 @@ class Pending:
         return waiting + sum(at < inf for at in self._whole_at.values())
 
     @property
+    def hashes(self) -> list[str]:
+        """The mappings whose big hashes have changed, whether they are due or not."""
+        return [name for name, at in self._whole_at.items() if at < inf]
+
+    @property
     def due_at(self) -> float:
         """When there's something to do; infinite if there's nothing."""
         if self._batch or any(self._next.values()):

@@ -15,7 +15,7 @@ from balancesync.apply import Applied, Applier
 from balancesync.attempt import Attempt, Work
 from balancesync.continuity import Sighting
 from balancesync.drift import Comparison, Found
-from balancesync.errors import MappingFailed, Refused, RunFailed, TargetMismatch
+from balancesync.errors import MappingFailed, Refused, RunFailed, Shrunk, TargetMismatch
 from balancesync.history import History
 from balancesync.mapping import Mapping
 from balancesync.model import WOULD_BE_REFUSED, Refusal, Stamp, exceeds
@@ -24,6 +24,7 @@ from balancesync.part import Part, Progress, RejectLog, reading_of, scan
 from balancesync.records import Remembered, elsewhere
 from balancesync.report import describe, spare_present
 from balancesync.session import Session
+from balancesync.sizes import Sizes, seen_lost
 from balancesync.target import Span, Writer
 
 _CLOCK_SLACK_S: Final = 1.0
@@ -39,7 +40,7 @@ class Pipeline(Attempt):
         self._history = History(work.database, work.config.history)
         self._rejects = RejectLog()
         self._failures: list[str] = []
-        self._sizes: dict[str, int] = {}
+        self._sizes = Sizes({})
         self._at = work.run.started_at
 
     async def _proceed(self, session: Session, close: Callable[[], None]) -> None:
@@ -60,7 +61,7 @@ class Pipeline(Attempt):
 
     async def _read(self, session: Session, parts: list[Part], identity: Identity) -> None:
         """Scan, stage and diff; a mapping that can't be read as a whole leaves `parts`."""
-        self._sizes = await self._source.dbsize()
+        self._sizes = await Sizes.ask(self._source, [part.mapping for part in parts])
         self.has_read = True
         for part in list(parts):
             try:
@@ -164,8 +165,7 @@ class Pipeline(Attempt):
                     f'mapping "{part.mapping.name}": {judged.lost:,} of {judged.known:,} known keys'
                     f" are gone; guard.max_loss = {limits.max_loss:g} allows it"
                 )
-        if self._writes:
-            refusals = await self._judge_size(parts) or refusals
+        await self._check_size(session, parts)
         sentences = [f'mapping "{each.mapping}": {each.reason}' for each in refusals]
         if self._request.accept_loss or not self._writes:
             said = "accepted" if self._request.accept_loss else WOULD_BE_REFUSED
@@ -196,14 +196,24 @@ class Pipeline(Attempt):
             session.connection, name, refusal.reason, before, now.of_keys(key)
         )
 
-    async def _judge_size(self, parts: Sequence[Part]) -> list[Refusal]:
-        sizes = await self._source.dbsize()
-        emptied = any(size and not sizes.get(primary) for primary, size in self._sizes.items())
-        before, now = sum(self._sizes.values()), sum(sizes.values())
-        if not emptied and not exceeds(before - now, self._config.guard.max_loss, before):
-            return []
-        reason = f"Redis fell from {before:,} keys to {now:,} during the run"
-        return [Refusal(part.mapping.name, "loss", reason) for part in parts]
+    async def _check_size(self, session: Session, parts: Sequence[Part]) -> None:
+        """Raise Shrunk if Redis has lost much since the reading began: that is none to judge.
+
+        Where the mapping's own keys were among what went, whoever makes them again before the next
+        attempt reads must not hide it.
+        """
+        before, limit = self._sizes, self._config.guard.max_loss
+        now = await Sizes.ask(self._source, [part.mapping for part in parts])
+        fall = before.fall_to(now, limit)
+        if fall is None:
+            return
+        for part in parts if self._writes and not self._request.accept_loss else ():
+            if doubt := await seen_lost(part, self._source, before, now, limit):
+                await self._records.save_doubt(session.connection, part.mapping.name, doubt)
+        raise Shrunk(
+            f"{fall} while it was read, and guard.max_loss = {limit:g}: nothing was written, and"
+            " the run has to read again while nobody removes keys"
+        )
 
     async def _apply(self, session: Session, part: Part) -> None:
         if part.diff.deleted.rows:
@@ -273,7 +283,11 @@ class Pipeline(Attempt):
                 part.mapping.name: self._seen.of_keys(part.mapping.config.full_key)
                 for part in parts
             }
-            await self._records.save_baselines(connection, baselines, seen)
+            # Where the clock was set back, times of rows may lie ahead of it.
+            await self._records.save_baselines(connection, baselines, seen, max(at, self._at))
+        elif success:
+            for part in parts:
+                await self._records.save_seen(connection, part.mapping.name, part.baseline)
         if success and configured is not None:
             await self._records.lift_refusals_but(connection, configured)
 

@@ -14,6 +14,7 @@ import structlog
 from balancesync.config import Config, MappingConfig
 from balancesync.database import Connection, Database
 from balancesync.errors import BalanceSyncError
+from balancesync.hashes import HashWatch
 from balancesync.mapping import Mapping
 from balancesync.metrics import Metrics
 from balancesync.model import Known, Request
@@ -61,6 +62,7 @@ class Probing:
         self._metrics = metrics
         self.on_cleared: Callable[[], None] = lambda: None
         self._records = Records(database)
+        self._hashes = HashWatch(config, database, source)
         self._known: Known | None = None
         self._refresh_at = 0.0
         # How many keys a run has just found, by mapping, until a sample tells how many expire.
@@ -222,10 +224,19 @@ class Probing:
             self._pruned = 0
 
     async def _watch_size(self) -> None:
-        """Ask for a run at once when Redis has lost keys: the guard then says so at once, too.
+        """Ask for a run at once when Redis has lost keys, or a big hash: the guard then says so."""
+        await self._watch_keys()
+        try:
+            found = await self._hashes.look()
+        except BalanceSyncError as error:
+            log.debug("big hashes could not be looked at", error=str(error))
+            return
+        if found:
+            log.error("Redis has lost keys", found=found)
+            self._runner.submit(Request("sync", "recovery"))
 
-        Those that `balancesync prune` has taken out are none of them.
-        """
+    async def _watch_keys(self) -> None:
+        """Those that `balancesync prune` has taken out are not lost."""
         pruned = await self._count_pruned()
         try:
             size = sum((await self._source.dbsize()).values())

@@ -38,7 +38,10 @@ class Remembered:
 
     `seen` is the Redis whose keys it knows, None if an older program made the last success; then
     `run_id` and `flushes` are what that one kept, if anything. `places` are where the refusal was
-    met, None if nobody knows.
+    met, None if nobody knows. `known_at` is when that success was, `gone` how many keys live
+    mode has seen go since that haven't come back, None if it has written nothing, `deleted` of how
+    many of them it deleted the rows. `doubt` is what was seen of Redis since then by which its keys
+    may have been made again from zero.
     """
 
     baseline: Baseline | None = None
@@ -48,6 +51,10 @@ class Remembered:
     run_id: str | None = None
     flushes: int | None = None
     places: tuple[Place, ...] | None = None
+    known_at: datetime | None = None
+    gone: int | None = None
+    deleted: int = 0
+    doubt: str | None = None
 
     @property
     def known(self) -> int:
@@ -325,6 +332,10 @@ class Records:
                 row["redis_run_id"],
                 row["redis_flushes"],
                 None if places is None else tuple(places),
+                row["known_at"],
+                row["gone"],
+                row["deleted"],
+                row["doubt"],
             )
         return found
 
@@ -338,12 +349,15 @@ class Records:
         connection: Connection,
         baselines: Mapping[str, Baseline],
         seen: Mapping[str, Sighting],
+        at: datetime,
     ) -> None:
-        """Remember a success, by mapping; a refusal of these mappings is lifted."""
+        """Remember a success, by mapping, all of whose rows were written by `at`; a refusal of
+        these mappings is lifted.
+        """
         sql = self._sql["save_baseline"]
         for mapping, found in baselines.items():
             redis = _columns(seen[mapping])
-            await connection.execute(sql, mapping, found.present, found.absent, *redis)
+            await connection.execute(sql, mapping, found.present, found.absent, *redis, at)
             await connection.execute(self._sql["forget_pruned"], mapping, timeout=NO_LIMIT)
 
     async def renew(
@@ -382,6 +396,20 @@ class Records:
         known = (*places, Place.of(now))
         found = json.dumps([asdict(place) for place in dict.fromkeys(known)])
         await connection.execute(self._sql["save_places"], mapping, found)
+
+    async def save_seen(self, connection: Connection, mapping: str, seen: Baseline) -> None:
+        """Remember the keys that were seen since the success: more are known, never fewer."""
+        await connection.execute(self._sql["save_seen"], mapping, seen.present, seen.absent)
+
+    async def save_gone(
+        self, connection: Connection, mapping: str, gone: int, deleted: int
+    ) -> None:
+        """Remember how many keys live mode has seen go since, and deleted the rows of."""
+        await connection.execute(self._sql["save_gone"], mapping, gone, deleted)
+
+    async def save_doubt(self, connection: Connection, mapping: str, doubt: str) -> None:
+        """Remember, until a success or a restore, why keys may be made again from zero."""
+        await connection.execute(self._sql["save_doubt"], mapping, doubt)
 
     async def record_pruned(
         self, connection: Connection, mapping: str, run: UUID, keys: Sequence[tuple[str, ...]]

@@ -11,8 +11,8 @@ to ask gets new ones, and whoever is still using the old ones ends in peace; so 
 before Redis is up and outlives its restarts. Nothing is ever asked twice.
 
 The rights it takes: SCAN, MGET (in a cluster GET), TYPE, EXISTS, PTTL, PING, and those that `nodes`
-names; for hashes HMGET, with `member` HSCAN and HEXISTS too. `answers` tells what each error
-leads to.
+names; for hashes HMGET, with `member` HSCAN and HEXISTS too, and HLEN if it may. `answers` tells
+what each error leads to.
 """
 
 import asyncio
@@ -21,6 +21,8 @@ from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Final, Protocol, Self
+
+import hiredis
 
 from balancesync.access import Address, parse
 from balancesync.config import RedisConfig
@@ -153,6 +155,19 @@ class Source:
                 str(address): await primary.connection.call(b"DBSIZE")
                 for address, primary in shared.primaries.items()
             }
+
+    async def fields_of(self, key: bytes) -> int | None:
+        """How many fields a big hash has, 0 if the key isn't there.
+
+        None if that can't be known: it holds another type, or HLEN may not be asked and the key is
+        there.
+        """
+        async with self._open() as shared:
+            connection = shared.primaries[shared.layout.owner(key)].connection
+            count, kind = await connection.pipeline([(b"HLEN", key), (b"TYPE", key)])
+            if connection.check(kind, b"TYPE") == b"none":
+                return 0
+            return None if isinstance(count, hiredis.ReplyError) else int(count)
 
     async def ping(self) -> float:
         """Seconds that the slowest primary takes to answer."""

@@ -48,6 +48,7 @@ def statements(
         **_value_parts(config),
         **_comparisons(config),
         **_writes(config, _synced_at(config, table)),
+        "t_synced_at": f"t.{quote(config.synced_at)}{_in_utc(config, table)}",
         **_texts(config),
     }
     filled = {name: block.format_map(parts) for name, block in _BLOCKS.items()}
@@ -292,9 +293,14 @@ def _exact(expression: str, kind: ColumnType) -> str:
 def _synced_at(config: MappingConfig, table: Table) -> str:
     if not config.synced_at:
         return ""
+    return f"$3::timestamptz{_in_utc(config, table)}"
+
+
+def _in_utc(config: MappingConfig, table: Table) -> str:
+    """What turns a time into the other kind, with or without a zone, if `synced_at` has none."""
     column = table.columns.get(config.synced_at)
     without_zone = column is not None and column.type == "timestamp without time zone"
-    return "$3::timestamptz AT TIME ZONE 'UTC'" if without_zone else "$3::timestamptz"
+    return " AT TIME ZONE 'UTC'" if without_zone else ""
 
 
 def _json(config: MappingConfig, expressions: Sequence[str]) -> str:

@@ -19,6 +19,7 @@ from balancesync.errors import (
     LockHeld,
     Refused,
     RunFailed,
+    Shrunk,
     Transient,
     Unavailable,
 )
@@ -39,6 +40,8 @@ _RECORD_S: Final = 5.0
 _LIVE_S: Final = 60.0
 _FLUSH_S: Final = 0.5
 _POLL_S: Final = 0.05
+# How often a Redis that loses many keys meanwhile is read at the least.
+_READINGS: Final = 2
 
 # What makes one attempt at a job; of all others, the pipeline does.
 _ATTEMPTS: Final[dict[Job, type[Attempt]]] = {"restore": Restore, "prune": Prune}
@@ -171,11 +174,7 @@ class Sync:
                 # It may be the ending's own doing, and nobody wants another attempt.
                 if self._ending.done():
                     raise self._ending.result() from error
-                # Who gives way to another writer has waited for it already.
-                gives_way = isinstance(error, LockHeld) or (
-                    postpone and isinstance(error, Unavailable)
-                )
-                if gives_way or run.attempts >= self._config.retry.attempts:
+                if run.attempts >= self._most_attempts(error, postpone=postpone):
                     raise
                 self._begun |= attempt.recorded
                 await self._pause(run, error)
@@ -185,6 +184,14 @@ class Sync:
                 return
             finally:
                 self._begun |= attempt.recorded
+
+    def _most_attempts(self, error: BalanceSyncError, *, postpone: bool) -> int:
+        # Who gives way to another writer has waited for it already.
+        if isinstance(error, LockHeld) or (postpone and isinstance(error, Unavailable)):
+            return 0
+        # A reading that is none to judge has to be made again, which is no retry of an error.
+        least = _READINGS if isinstance(error, Shrunk) else 0
+        return max(self._config.retry.attempts, least)
 
     async def _pause(self, run: Run, error: BalanceSyncError) -> None:
         """Wait before the next attempt, as `[retry]` says; raises what ends the run meanwhile."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import BinaryIO, Final, Literal, TypeAlias, cast
 
 import asyncpg
@@ -257,6 +258,36 @@ class Writer:
     async def count_pruned_back(self) -> int:
         """How many of the keys that were pruned since the last success are there again."""
         return await self._count(self._sql["count_pruned_back"], self.mapping.name)
+
+    async def staged_keys(self, limit: int) -> list[bytes]:
+        """Up to `limit` of the keys that were read, as they stand in Redis."""
+        rows = await self._fetch(self._sql["staged_keys"], limit)
+        return [self.mapping.print_key(tuple(row)) for row in rows]
+
+    async def count_known(self, absent: int, since: datetime | None) -> int:
+        """How many rows have or had keys since the last success.
+
+        These are all rows but those `absent` then, if no others insert rows; and those written
+        since that moment, if there is one and `synced_at` can be read.
+        """
+        config = self.mapping.config
+        counts = [0]
+        if config.mode == "upsert":
+            counts.append(await self._count(self._sql["count_target"]) - absent)
+        if since and self._tells_times:
+            counts.append(await self._count(self._sql["count_written"], since))
+        return max(counts)
+
+    async def count_written_lost(self, since: datetime | None) -> int:
+        """How many rows written since a moment have no key among those that were read."""
+        if since is None or not self._tells_times:
+            return 0
+        return await self._count(self._sql["count_written_lost"], since)
+
+    @property
+    def _tells_times(self) -> bool:
+        column = self.table.columns.get(self.mapping.config.synced_at)
+        return column is not None and column.may_select
 
     async def _drop_duplicates(self) -> int:
         """Keep the latest read of each key; return how many keys have a value to store."""

@@ -21,6 +21,7 @@ import asyncpg
 import pytest
 import structlog
 from engine import Engine, make_config
+from following import filled, quick, start  # noqa: F401  # fixtures of the tests of live mode
 from redis.asyncio import Redis
 
 from balancesync.embedded import PostgresServer, RedisServer

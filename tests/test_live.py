@@ -1,8 +1,7 @@
 """Live mode in a daemon on real servers: changes follow, and no gap is ever trusted."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack
+from collections.abc import Awaitable, Callable
 from decimal import Decimal
 from typing import Any
 
@@ -10,90 +9,27 @@ import asyncpg
 import pytest
 from engine import USERS, Engine
 from faults.ground import connected
+from following import (
+    KEYS,
+    OWN,
+    Start,
+    acl,
+    is_of_a_connection,
+    kill_tracking,
+    rows,
+    until,
+    until_balance,
+)
 from redis.asyncio import Redis
 from running import Inside, daemon_config
 
-from balancesync import flushruns, keyed, leadership, live, pending, probing, target, tracking
+from balancesync import flushruns, keyed, pending, probing, target
 from balancesync.database import lock_key
 from balancesync.embedded import PostgresServer, RedisServer
 from balancesync.model import Job, Request, Run
 from balancesync.sync import Sync
 
-KEYS = 20
-OWN = {"on_absent": "delete"}
-
-Start = Callable[..., Awaitable[Inside]]
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is asked over and over is asked often, so that no test has to wait for it."""
-    for name in ("_CALM_S", "_TROUBLED_S"):
-        monkeypatch.setattr(probing, name, 0.05)
-    for name in ("_POLL_S", "_PROVE_S"):
-        monkeypatch.setattr(leadership, name, 0.1)
-    monkeypatch.setattr(tracking, "_PROVE_S", 0.1)
-    monkeypatch.setattr(live, "_LONGEST_PAUSE_S", 0.1)
-
-
-@pytest.fixture
-async def start(postgres_dsn: str, redis_url: str) -> AsyncIterator[Start]:
-    """Starts a daemon with live mode on the test's servers; by default it may rescan at once."""
-    async with AsyncExitStack() as stack:
-
-        async def begin(*mappings: dict[str, Any], up: bool = True, **sections: Any) -> Inside:
-            own = {"enabled": True, "flush_interval": 0.02, "rescan_interval": 0}
-            sections["live"] = {**own, **sections.get("live", {})}
-            config = daemon_config(postgres_dsn, redis_url, *mappings, **sections)
-            daemon = await stack.enter_async_context(Inside(config))
-            if up:
-                await daemon.log.next("live", state="catching up")
-                await daemon.log.next("live", state="up")
-            return daemon
-
-        yield begin
-
-
-@pytest.fixture(autouse=True)
-async def _filled(redis: Redis) -> None:
-    await redis.mset({f"balance:{number}": "1.50" for number in range(KEYS)})
-
-
-async def rows(pg: asyncpg.Connection) -> dict[int, Decimal]:
-    return {row[0]: row[1] for row in await pg.fetch("SELECT user_id, balance FROM balances")}
-
-
-async def until(ask: Callable[[], Awaitable[Any]], wanted: Any) -> None:
-    """Ask until the answer is the one wanted."""
-    found = None
-    try:
-        async with asyncio.timeout(20):
-            # PostgreSQL tells nobody.
-            while (found := await ask()) != wanted:  # noqa: ASYNC110
-                await asyncio.sleep(0.01)
-    except TimeoutError:
-        raise AssertionError(f"it stays {found}, and isn't {wanted}") from None
-
-
-async def until_balance(pg: asyncpg.Connection, user: int, wanted: str | None) -> None:
-    sql = "SELECT balance::text FROM balances WHERE user_id = $1"
-    await until(lambda: pg.fetchval(sql, user), wanted)
-
-
-def is_of_a_connection(reason: str) -> bool:
-    """Its end is seen by whoever waits for it, or by whoever asks just then."""
-    return "was lost" in reason or "closed the connection" in reason
-
-
-async def kill_tracking(redis: Redis) -> None:
-    """Cut the connection that is told of changes, as Redis does to a reader that is too slow."""
-    assert await redis.client_kill_filter(_type="pubsub") == 1
-
-
-async def acl(redis: Redis, rules: str) -> None:
-    """Give the user called plain these rights."""
-    command: Any = redis.execute_command
-    await command("ACL", "SETUSER", "plain", *rules.split())
+pytestmark = pytest.mark.usefixtures("quick", "filled")
 
 
 async def test_every_kind_of_change_follows_in_one_run(
@@ -380,7 +316,7 @@ async def test_what_was_pruned_and_read_back_can_be_lost(
     )
 
 
-async def test_keys_that_no_full_run_knew_are_missed_by_one(
+async def test_keys_that_no_full_run_knew_are_known_once_they_are_brought_over(
     start: Start, redis: Redis, engine: Callable[..., Engine], pg: asyncpg.Connection
 ) -> None:
     daemon = await start()
@@ -388,14 +324,12 @@ async def test_keys_that_no_full_run_knew_are_missed_by_one(
     assert (await made.sync(job="prune", idle_s=0.0)).counts.deleted == KEYS
     await redis.mset({f"balance:{number}": "7" for number in range(100, 105)})
     await until(lambda: pg.fetchval("SELECT count(*) FROM balances"), KEYS + 5)
-    await redis.delete("balance:100")
-    await daemon.log.next(
-        "live",
-        state="catching up",
-        reason=lambda text: text.endswith("last full run didn't know are gone: 1"),
-    )
-    await daemon.finished(trigger="live", status="succeeded", absent=KEYS + 1)
-    await daemon.log.next("live", state="up")
+    await redis.delete("balance:100", "balance:101")
+    await daemon.api.until("/runs", lambda found: found["runs"][0]["absent"] == KEYS + 2)
+    assert daemon.daemon.state.live == "up"
+    await redis.delete("balance:102")
+    run = await daemon.finished(status="refused")
+    assert "3 of 5 known keys are gone" in run["error"]
 
 
 async def test_keys_wait_while_another_writer_is_at_work(

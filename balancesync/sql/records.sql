@@ -165,24 +165,46 @@ DELETE FROM {schema}.rejects WHERE (mapping, key_hash) IN (
     WHERE healed_at < now() - make_interval(days => $1) LIMIT 10000);
 
 -- name: baselines
+-- A success of a program of before step 4 left what these columns tell as it was: it's no more true.
 SELECT mapping, present, absent, pruned, refusal, refused_at, redis_run_id, redis_flushes,
     CASE WHEN redis_seen ->> 'run_id' IS NOT DISTINCT FROM redis_run_id
         AND (redis_seen ->> 'flushes')::bigint IS NOT DISTINCT FROM redis_flushes
     THEN redis_seen -> 'seen' END::text AS seen,
     CASE WHEN refused_on ->> 'refusal' = refusal AND (refused_on ->> 'at')::timestamptz = refused_at
-    THEN refused_on -> 'places' END::text AS places
-FROM {schema}.baselines;
+    THEN refused_on -> 'places' END::text AS places,
+    CASE WHEN known_at >= s.at THEN known_at END AS known_at,
+    CASE WHEN known_at >= s.at THEN gone END AS gone,
+    CASE WHEN known_at >= s.at THEN deleted ELSE 0 END AS deleted,
+    CASE WHEN doubted_at >= s.at THEN doubt END AS doubt
+FROM {schema}.baselines, (
+    SELECT coalesce(max(recorded_at), '-infinity') AS at FROM (
+        SELECT recorded_at FROM {schema}.runs
+        WHERE status = 'succeeded' AND job = 'sync' AND mode = 'apply' AND mapping IS NULL
+        ORDER BY id DESC LIMIT 1) AS r) AS s;
 
 -- name: moment
 -- The count of transactions never goes back, as a clock may; asking so makes this one count.
 SELECT txid_current() AS moment, extract(epoch FROM clock_timestamp())::float8 AS at;
 
 -- name: save_baseline
-INSERT INTO {schema}.baselines AS b (mapping, present, absent, redis_run_id, redis_flushes, redis_seen)
-VALUES ($1, $2, $3, $4, $5, jsonb_build_object('run_id', $4::text, 'flushes', $5::bigint, 'seen', $6::jsonb))
+INSERT INTO {schema}.baselines AS b (mapping, present, absent, redis_run_id, redis_flushes, redis_seen, known_at)
+VALUES ($1, $2, $3, $4, $5, jsonb_build_object('run_id', $4::text, 'flushes', $5::bigint, 'seen', $6::jsonb), $7)
 ON CONFLICT (mapping) DO UPDATE SET present = EXCLUDED.present, absent = EXCLUDED.absent,
     redis_run_id = EXCLUDED.redis_run_id, redis_flushes = EXCLUDED.redis_flushes,
-    redis_seen = EXCLUDED.redis_seen, pruned = 0, refusal = NULL, refused_at = NULL, refused_on = NULL;
+    redis_seen = EXCLUDED.redis_seen, pruned = 0, refusal = NULL, refused_at = NULL, refused_on = NULL,
+    known_at = EXCLUDED.known_at, gone = NULL, deleted = 0, doubt = NULL, doubted_at = NULL;
+
+-- name: save_seen
+-- A run of one mapping, or a big hash that live mode read as a whole: those that are there are known.
+UPDATE {schema}.baselines SET present = greatest(present, $2), absent = least(absent, $3)
+WHERE mapping = $1 AND (present < $2 OR absent > $3);
+
+-- name: save_gone
+UPDATE {schema}.baselines SET gone = $2, deleted = $3 WHERE mapping = $1;
+
+-- name: save_doubt
+UPDATE {schema}.baselines SET doubt = $2, doubted_at = clock_timestamp()
+WHERE mapping = $1 AND present IS NOT NULL;
 
 -- name: save_refusal
 -- $2: the reason, NULL if the one that is there is kept.
@@ -208,7 +230,7 @@ WHERE mapping <> ALL($1::text[]) AND refusal IS NOT NULL;
 UPDATE {schema}.baselines SET present = greatest(present, $2),
     absent = greatest(absent - greatest($2 - present, 0), 0), pruned = 0,
     redis_run_id = $3, redis_flushes = $4,
-    redis_seen = jsonb_build_object('run_id', $3::text, 'flushes', $4::bigint, 'seen', $5::jsonb)
+    redis_seen = jsonb_build_object('run_id', $3::text, 'flushes', $4::bigint, 'seen', $5::jsonb), doubt = NULL, doubted_at = NULL
 WHERE mapping = $1 AND present IS NOT NULL;
 
 -- name: renew

@@ -133,3 +133,12 @@ CREATE TABLE {schema}.followed (
 -- How many keys a verify found changing at every look, by mapping. Programs before leave it empty.
 ALTER TABLE {schema}.runs ADD COLUMN moving jsonb;
 CREATE INDEX runs_verifies ON {schema}.runs (id) WHERE job = 'verify' AND status = 'succeeded';
+
+-- When the mapping's last success was, and what live mode has seen since: how many keys went and
+-- haven't come back (NULL: it has written nothing), of how many of them it deleted the rows.
+ALTER TABLE {schema}.baselines ADD COLUMN known_at timestamptz;
+ALTER TABLE {schema}.baselines ADD COLUMN gone bigint;
+ALTER TABLE {schema}.baselines ADD COLUMN deleted bigint NOT NULL DEFAULT 0;
+-- What was seen of Redis since that success by which its keys may have been made again from zero.
+ALTER TABLE {schema}.baselines ADD COLUMN doubt text;
+ALTER TABLE {schema}.baselines ADD COLUMN doubted_at timestamptz;

@@ -38,6 +38,16 @@ SELECT count(*) FROM {staging} WHERE rejected IS NULL;
 -- name: count_target
 SELECT count(*) FROM {target} AS t WHERE {keys_not_null};
 
+-- name: count_written
+SELECT count(*) FROM {target} AS t WHERE {t_synced_at} > $1 AND {keys_not_null};
+
+-- name: count_written_lost
+SELECT count(*) FROM {target} AS t WHERE {t_synced_at} > $1 AND {keys_not_null}
+    AND NOT EXISTS (SELECT FROM {staging} AS s WHERE {same_key});
+
+-- name: staged_keys
+SELECT {key_texts} FROM {staging} LIMIT $1;
+
 -- name: count_pruned_back
 SELECT count(*) FROM {pruned} AS p
 WHERE p.mapping = $1 AND EXISTS (SELECT FROM {staging} AS s WHERE {s_key_texts} = p.key);
