@@ -5,27 +5,22 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import asyncpg
 import pytest
-from engine import Engine, waiting
 from pooler import PgBouncer, find_pgbouncer
-from proxy import Proxy
 from pydantic import SecretStr
-from redis.asyncio import Redis
 from running import Processes, processes
 
-from balancesync import opening, session
+from balancesync import opening
 from balancesync.config import PostgresConfig
-from balancesync.database import NO_LIMIT, Connection, Database, lock_key
-from balancesync.errors import ConfigError, Interrupted, PostgresUnavailable
+from balancesync.database import Connection, Database
+from balancesync.errors import ConfigError, PostgresUnavailable
 from balancesync.leadership import Leadership
 from balancesync.session import Session
 
 pytestmark = pytest.mark.skipif(find_pgbouncer() is None, reason="there is no pgbouncer here")
 
-Make = Callable[..., Engine]
 Start = Callable[..., PgBouncer]
 WAY_OUT = "let postgres.dsn name PostgreSQL's own port, or a port of the pooler that gives sessions"
 # What any of our connections would leave in a session that others get next.
@@ -217,147 +212,3 @@ async def test_a_setting_of_the_dsn_gets_through_a_pooler(pooler: Start) -> None
         shown = [await connection.fetchval(f"SHOW {name}") for name in ("search_path", "work_mem")]
         assert (*shown, await connection.fetchval("SHOW my.own")) == ("app,public", "5MB", "7")
     await database.close()
-
-
-# --- the session that writes ----------------------------------------------------------------------
-
-
-@pytest.fixture(params=["pooler", "role", "pooler and role", "untracked"])
-async def odd_dsn(
-    request: pytest.FixtureRequest, pooler: Start, postgres_dsn: str, pg: asyncpg.Connection
-) -> AsyncIterator[str]:
-    """The DSN of a session that others don't see by what the driver says of it."""
-    kind: str = request.param
-    dsn, name = postgres_dsn, await pg.fetchval("SELECT current_database()")
-    login, worker = f"login_{name}", f"worker_{name}"
-    await pg.execute(f"CREATE ROLE {login} LOGIN NOINHERIT; CREATE ROLE {worker}")
-    await pg.execute(f"GRANT {worker} TO {login}; GRANT ALL ON DATABASE {name} TO {worker}")
-    await pg.execute(f"GRANT ALL ON SCHEMA public TO {worker}")
-    if "role" in kind:
-        await pg.execute(f"ALTER ROLE {login} SET role = {worker}")
-        dsn = dsn.replace("//postgres@", f"//{login}@")
-    if kind == "untracked":
-        await pg.execute(f"ALTER DATABASE {name} SET track_activities = off")
-    if "pooler" in kind:
-        with PgBouncer(dsn, "session") as made:
-            yield made.dsn
-    else:
-        yield dsn
-    await pg.execute(f"DROP OWNED BY {worker}; DROP ROLE {login}; DROP ROLE {worker}")
-
-
-@pytest.mark.parametrize("in_transaction", [False, True])
-async def test_a_long_statement_is_waited_for(odd_dsn: str, *, in_transaction: bool) -> None:
-    alive = asyncio.Event()
-    database = database_at(odd_dsn, timeout=0.3)
-    made = await Session.open(database, alive.set)
-    try:
-        if in_transaction:
-            await made.connection.execute("BEGIN")
-        await made.watch(made.connection.execute("SELECT pg_sleep(1)", timeout=NO_LIMIT))
-        assert alive.is_set()
-    finally:
-        await made.close()
-        await database.close()
-
-
-async def test_a_long_statement_of_a_run_is_waited_for(
-    odd_dsn: str, engine: Make, pg: asyncpg.Connection, redis: Redis
-) -> None:
-    await redis.set("balance:1", "1")
-    made = engine(dsn=odd_dsn, postgres={"timeout": 0.3})
-    await made.good()
-    await pg.execute(
-        "CREATE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql AS"
-        " 'BEGIN PERFORM pg_sleep(1); RETURN NEW; END';"
-        "CREATE TRIGGER wait BEFORE UPDATE ON balances FOR EACH ROW EXECUTE FUNCTION wait()"
-    )
-    await redis.set("balance:1", "2")
-    assert (await made.good()).counts.updated == 1
-
-
-async def held(pg: asyncpg.Connection, database: Database) -> bool:
-    """Whether anybody has the writer's lock."""
-    key = lock_key("writer", database.config.schema)
-    if free := await pg.fetchval("SELECT pg_try_advisory_lock($1)", key):
-        await pg.execute("SELECT pg_advisory_unlock($1)", key)
-    return not free
-
-
-async def watched(made: Session, sql: str) -> None:
-    """Execute a statement that may take as long as it takes."""
-    await made.watch(made.connection.execute(sql, timeout=NO_LIMIT))
-
-
-@pytest.mark.parametrize("in_transaction", [False, True])
-async def test_a_reply_that_is_lost_is_noticed(
-    odd_dsn: str,
-    pg: asyncpg.Connection,
-    monkeypatch: pytest.MonkeyPatch,
-    *,
-    in_transaction: bool,
-) -> None:
-    monkeypatch.setattr(session, "_REPLY_S", 0.1)
-    monkeypatch.setattr(opening, "_IDLE_S", 1.0)
-    parts = urlsplit(odd_dsn)
-    async with Proxy(parts.port or 0) as proxy:
-        address = f"{parts.username}@127.0.0.1:{proxy.port}"
-        database = database_at(parts._replace(netloc=address).geturl(), timeout=0.3)
-        made = await Session.open(database)
-        await made.lock_writer(0, lambda: None)
-        await made.connection.execute("CREATE TEMP TABLE kept (id int)")
-        if in_transaction:
-            await made.connection.execute("BEGIN")
-        silent = proxy.mute(rb"INSERT INTO kept")
-        with pytest.raises(PostgresUnavailable):
-            await watched(made, "INSERT INTO kept VALUES (1)")
-        assert silent.is_set()
-        await made.close()
-        assert not await held(pg, database)
-        await database.close()
-
-
-async def test_a_run_that_is_stopped_calls_its_statement_off(
-    odd_dsn: str, pg: asyncpg.Connection
-) -> None:
-    database = database_at(odd_dsn)
-    ending = asyncio.get_running_loop().create_future()
-    made = await Session.open(database, ending=ending)
-    await made.lock_writer(0, lambda: None)
-    await made.connection.execute("SET lock_timeout = 0")
-    await pg.execute("SELECT pg_advisory_lock(1)")
-    blocked = asyncio.create_task(watched(made, "SELECT pg_advisory_lock(1)"))
-    await waiting(pg, 1)
-    ending.set_result(Interrupted())
-    with pytest.raises(Interrupted):
-        await blocked
-    await made.close()
-    assert not await held(pg, database)
-    await database.close()
-
-
-async def test_what_is_given_up_is_not_committed(
-    odd_dsn: str, pg: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A statement that the connection was lost to is ended before another attempt may begin."""
-    await pg.execute("CREATE TABLE written (id int)")
-    await pg.execute("GRANT ALL ON written TO public")
-    parts = urlsplit(odd_dsn)
-    async with Proxy(parts.port or 0) as proxy:
-        address = f"{parts.username}@127.0.0.1:{proxy.port}"
-        database = database_at(parts._replace(netloc=address).geturl())
-        made = await Session.open(database)
-        await made.lock_writer(0, lambda: None)
-        async with pg.transaction():
-            await pg.execute("LOCK TABLE written")
-            insert = "INSERT INTO written VALUES (1)"
-            await made.connection.execute("SET lock_timeout = 0")
-            writing = asyncio.create_task(watched(made, insert))
-            await waiting(pg, 1)
-            proxy.reset()
-            with pytest.raises(PostgresUnavailable):
-                await writing
-            await made.close()
-            assert not await held(pg, database)
-        assert await pg.fetchval("SELECT count(*) FROM written") == 0
-        await database.close()
