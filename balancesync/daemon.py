@@ -262,7 +262,11 @@ class Daemon:
         if current:
             progress = current.progress
             return f"running {current.run.job}: {progress.phase if progress else 'starting'}"
-        return "idle" if state.leader else f"standby, {state.leader_name or 'nobody'} leads"
+        if not state.leader:
+            return f"standby, {state.leader_name or 'nobody'} leads"
+        worries = [f"live mode is {state.live}"] if not self._live.keeps_up else []
+        worries += ["a run waits for a server"] if self.runner.owed else []
+        return "; ".join(["idle", *worries])
 
 
 async def run(config: Config) -> int:

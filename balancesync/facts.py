@@ -180,7 +180,6 @@ class Facts:
                 self._newer(_document(recorded.verified if recorded else None), _compares)
             ),
             current=ticket.run if ticket else now.current,
-            live_wanted=self._config.live.enabled,
             live=state.live,
             live_reason=state.live_reason,
             waits=waits["detail"] if waits["status"] != "ok" else None,

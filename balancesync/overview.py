@@ -26,6 +26,8 @@ Level = Literal["ok", "degraded", "failed"]
 # Whoever asks how things stand wants to know it now, and not after a statement's time-out.
 _PROBE_S: Final = 5.0
 _SEARCHED_RUNS: Final = 100
+# Live mode that is up writes down every two seconds how far it is.
+_FOLLOWED_S: Final = 15.0
 _OVERDUE_INTERVALS: Final = 2
 UNASKED: Final = "PostgreSQL doesn't answer, and only it knows"
 # What `stats` says of each of the last runs.
@@ -212,7 +214,11 @@ async def status(config: Config, database: Database, source: Source) -> Document
     guard = {"guard": guard_check(config, seen)}
     checks = server_checks(redis, postgres) | guard | _checks(config, recorded)
     now = situation(config, redis, postgres, recorded, checks)
-    now = replace(now, attended=leader is not None, live_wanted=config.live.enabled)
+    if config.live.enabled:
+        checks["live"] = _live_check(recorded, leader)
+        is_well = checks["live"]["status"] == "ok"
+        now = replace(now, unfollowed=None if is_well else checks["live"]["detail"])
+    now = replace(now, attended=leader is not None)
     return status_document(redis, postgres, recorded) | {
         "verdict": judge(now).document(),
         "database": postgres_place(config.postgres.dsn.get_secret_value()),
@@ -373,7 +379,24 @@ async def health(config: Config, database: Database, source: Source) -> Document
             recorded = await database.within(_PROBE_S, read(database, config, seen))
         except BalanceSyncError as error:
             return health_document(checks | unknown_checks(str(error)))
-    return health_document(checks | _checks(config, recorded))
+    checks |= _checks(config, recorded)
+    if config.live.enabled and recorded is not None:
+        checks["live"] = _live_check(recorded, await _ask_leader(database))
+    return health_document(checks)
+
+
+def _live_check(recorded: Recorded | None, leader: str | None) -> Document:
+    """What PostgreSQL knows of the daemon that follows changes, where that one can't be asked."""
+    if recorded is None:
+        return check("degraded", "not known")
+    if leader is None:
+        return check("degraded", "enabled, but no daemon leads: start one with `balancesync run`")
+    until = recorded.followed
+    age_s = None if until is None else max((recorded.at - until).total_seconds(), 0.0)
+    if age_s is None or age_s > _FOLLOWED_S:
+        how = "never" if age_s is None else f"{age_s:,.0f} s ago"
+        return check("degraded", f"not up, as far as is known: all was brought over {how}")
+    return check("ok", f"up, all was brought over {age_s:,.0f} s ago")
 
 
 def _checks(config: Config, recorded: Recorded | None) -> dict[str, Document]:

@@ -67,8 +67,8 @@ class Situation:
     many are open, and the limit that they are over. `overdue` says that no success is as young as
     the schedule wants. `drift` is what the last verify found to differ, by mapping. `synced` and
     `verified` are the last sync that was to write and the last verify that ended. `waits` is what a
-    postponed run waits for; `stale`, why all this is as of some time ago. `attended` says that a
-    daemon runs things; `stops`, that it is stopping.
+    postponed run waits for; `unfollowed`, why live mode may not be up; `stale`, why all this is as
+    of some time ago. `attended` says that a daemon runs things; `stops`, that it is stopping.
     """
 
     redis: bool = True
@@ -85,9 +85,9 @@ class Situation:
     synced: Ended | None = None
     verified: Ended | None = None
     current: Run | None = None
-    live_wanted: bool = False
     live: LiveState | None = None
     live_reason: str | None = None
+    unfollowed: str | None = None
     waits: str | None = None
     stale: str | None = None
     attended: bool = True
@@ -281,10 +281,8 @@ def _worries(now: Situation) -> dict[str, str]:
     if now.live in ("down", "catching up"):
         why = f": {now.live_reason}" if now.live_reason else ""
         found[f"live mode is {now.live}"] = _sentence(f"live mode is {now.live}{why}")
-    elif now.live_wanted and now.live is None and not now.attended:
-        found["nobody follows changes"] = (
-            "Live mode is enabled, but no daemon leads: start one with `balancesync run`."
-        )
+    elif now.unfollowed:
+        found["changes aren't known to be followed"] = _sentence(f"live mode is {now.unfollowed}")
     if now.elsewhere:
         found["a sync was refused on another Redis"] = " ".join(map(_sentence, now.elsewhere))
     if now.stale:

@@ -28,11 +28,11 @@ OVER = "60,004 are open, more than guard.max_rejects = 0.1 allows"
 STATES: dict[str, tuple[Situation, str, str]] = {
     "well": (GOOD, "safe", f"safe: {UNTIL}"),
     "live is up": (
-        replace(GOOD, live="up", live_wanted=True, until=NOW),
+        replace(GOOD, live="up", until=NOW),
         "safe",
         "safe: everything up to 2026-01-31T02:04:00Z is in PostgreSQL; what changes follows live",
     ),
-    "standby": (replace(GOOD, live="off", live_wanted=True), "safe", f"safe: {UNTIL}"),
+    "standby": (replace(GOOD, live="off"), "safe", f"safe: {UNTIL}"),
     "keys without a row": (
         replace(GOOD, success=Success(AT, not_found=2)),
         "safe",
@@ -81,7 +81,7 @@ STATES: dict[str, tuple[Situation, str, str]] = {
         f"Redis doesn't answer; {UNTIL}, {ALONE}",
     ),
     "Redis down with live": (
-        replace(GOOD, redis=False, until=NOW, live="down", live_wanted=True),
+        replace(GOOD, redis=False, until=NOW, live="down"),
         "act",
         f"Redis doesn't answer; everything up to 2026-01-31T02:04:00Z is in PostgreSQL, {ALONE}",
     ),
@@ -123,19 +123,19 @@ STATES: dict[str, tuple[Situation, str, str]] = {
         f"{UNTIL}; a run waits",
     ),
     "live is down": (
-        replace(GOOD, live="down", live_reason="a right is missing", live_wanted=True),
+        replace(GOOD, live="down", live_reason="a right is missing"),
         "look",
         f"{UNTIL}; live mode is down",
     ),
     "live catches up": (
-        replace(GOOD, live="catching up", live_wanted=True),
+        replace(GOOD, live="catching up"),
         "look",
         f"{UNTIL}; live mode is catching up",
     ),
     "live, but no daemon": (
-        replace(GOOD, live_wanted=True, attended=False),
+        replace(GOOD, unfollowed="enabled, but no daemon leads", attended=False),
         "look",
-        f"{UNTIL}; nobody follows changes",
+        f"{UNTIL}; changes aren't known to be followed",
     ),
     "a reject": (replace(GOOD, rejects=1), "look", f"safe: {UNTIL}, but for 1 reject"),
     "rejects and keys without a row": (
@@ -155,7 +155,7 @@ STATES: dict[str, tuple[Situation, str, str]] = {
         f" {T}, are in PostgreSQL",
     ),
     "drift in live mode": (
-        replace(GOOD, drift={"m": 1}, live="up", live_wanted=True),
+        replace(GOOD, drift={"m": 1}, live="up"),
         "look",
         "drift: the last verify found that 1 row differs from Redis; all others, up to"
         f" {T}, are in PostgreSQL",
@@ -176,7 +176,7 @@ STATES: dict[str, tuple[Situation, str, str]] = {
         f"not safe: nothing newer than {T} is known to be in PostgreSQL",
     ),
     "a stale success with live": (
-        replace(GOOD, overdue=True, live="up", live_wanted=True, until=NOW),
+        replace(GOOD, overdue=True, live="up", until=NOW),
         "act",
         "no full sync has succeeded for two intervals; live mode: everything up to"
         " 2026-01-31T02:04:00Z is in PostgreSQL",
