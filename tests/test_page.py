@@ -10,14 +10,16 @@ import pytest
 import structlog
 from browser import chromium, tab
 from engine import USERS, waiting
-from playwright.async_api import Browser
+from playwright.async_api import Browser, Route
 from redis.asyncio import Redis
 from running import Inside, daemon_config
+from test_verdict import STATES
 
 from balancesync import cli
 from balancesync.config import Config
 from balancesync.embedded import PostgresServer, RedisServer
 from balancesync.model import new_run_id
+from balancesync.verdict import judge
 
 pytestmark = pytest.mark.slow
 
@@ -235,6 +237,42 @@ async def test_drift_shows_until_somebody_has_looked_again(
         await page.look("drift")
         await daemon.api.sync()
         await page.until("#verdict[data-level=ok]", "Safe: everything up to")
+
+
+# What an element says, with each time as it was sent.
+AS_SENT = """id => {
+    const copy = document.getElementById(id).cloneNode(true);
+    copy.querySelectorAll("time").forEach(each => each.replaceWith(each.dateTime));
+    return copy.textContent;
+}"""
+LEVELS = {"safe": "ok", "wait": "wait", "look": "warn", "act": "bad"}
+
+
+async def test_each_verdict_is_shown_as_it_is(
+    browser: Browser, postgres_dsn: str, redis_url: str, redis: Redis
+) -> None:
+    config = daemon_config(postgres_dsn, redis_url)
+    await redis.set("balance:1", "1")
+    async with Inside(config) as daemon, tab(browser, address(config)) as page:
+        await daemon.leads()
+        await daemon.api.sync()
+        document = await daemon.api.document("/status")
+
+        async def answer(route: Route) -> None:
+            await route.fulfill(json=document)
+
+        await page.page.route("**/sync-management/status", answer)
+        for now, level, line in STATES.values():
+            found = judge(now)
+            document["verdict"] = found.document()
+            await page.page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
+            detail = " ".join(found.advice).replace("`", "")
+            await page.page.wait_for_function(
+                f"([title, detail]) => ({AS_SENT})('verdict-title') === title"
+                f" && ({AS_SENT})('verdict-detail') === detail",
+                arg=[f"{line[0].upper()}{line[1:]}", detail],
+            )
+            assert await page.page.get_attribute("#verdict", "data-level") == LEVELS[level]
 
 
 async def test_the_counts_of_a_restore_are_keys_and_in_no_chart(
