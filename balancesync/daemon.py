@@ -80,12 +80,17 @@ class Daemon:
             runner=self.runner,
             metrics=self.metrics,
         )
-        if self._live.enabled:
-            self.runner.settle = self._live.settle
-            self.runner.keeps_up = lambda: self._live.keeps_up
+        self.runner.settle = self._live.settle if self._live.enabled else None
+        self.runner.keeps_up = self._live.keeps_up
         self._probing.on_cleared = self._live.ask_again
-        self._web = Web(
-            config,
+        self._web = self._make_web()
+        self._last_leader: str | None = None
+        self._passed_over: dict[str, tuple[float, Request]] = {}
+        self._stop = asyncio.Event()
+
+    def _make_web(self) -> Web:
+        return Web(
+            self._config,
             self._database,
             self._source,
             state=self.state,
@@ -95,9 +100,6 @@ class Daemon:
             metrics=self.metrics,
             restart_live=self._live.restart,
         )
-        self._last_leader: str | None = None
-        self._passed_over: dict[str, tuple[float, Request]] = {}
-        self._stop = asyncio.Event()
 
     async def run(self) -> None:
         """Run until SIGTERM or SIGINT; raises ConfigError if the port can't be had."""
@@ -264,7 +266,7 @@ class Daemon:
             return f"running {current.run.job}: {progress.phase if progress else 'starting'}"
         if not state.leader:
             return f"standby, {state.leader_name or 'nobody'} leads"
-        worries = [f"live mode is {state.live}"] if not self._live.keeps_up else []
+        worries = [f"live mode is {state.live}"] if not self._live.keeps_up() else []
         worries += ["a run waits for a server"] if self.runner.owed else []
         return "; ".join(["idle", *worries])
 

@@ -19,7 +19,10 @@ OPS: Final[dict[Op, str]] = {"i": "insert", "u": "update", "d": "delete", "k": "
 
 
 def run_document(run: Run, reports: Sequence[Report] | None = None) -> Document:
-    """A run with its counts, in all and by mapping; `report` is what a dry run or verify found."""
+    """A run with its counts, in all and by mapping; `report` is what a dry run or verify found.
+
+    Of a verify: `drift`, the rows that differ, and `moving`, the keys that changed at every look.
+    """
     document: Document = {
         "id": str(run.id),
         "job": run.job,
@@ -32,12 +35,13 @@ def run_document(run: Run, reports: Sequence[Report] | None = None) -> Document:
         "duration_s": run.duration_s,
         "attempts": run.attempts,
         **run.counts.as_dict(),
-        "drift": run.drift,
-        "moving": None if run.moving is None else sum(run.moving.values()),
         "warnings": list(run.warnings),
         "error": run.error,
         "mappings": {name: counts.as_dict() for name, counts in run.mappings.items()},
     }
+    if run.job == "verify":
+        moving = None if run.moving is None else sum(run.moving.values())
+        document |= {"drift": run.drift, "moving": moving}
     if reports is not None:
         document["report"] = [report_document(report) for report in reports]
     return document

@@ -170,7 +170,6 @@ class Live:
             self._asked_at = -inf
             self._nudge()
 
-    @property
     def keeps_up(self) -> bool:
         """Whether it's up, or isn't wanted here."""
         return self._state.live in ("up", "off")

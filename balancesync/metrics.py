@@ -61,8 +61,6 @@ class Metrics:
         self._next_run: Callable[[], float | None] = lambda: None
         self._interval: Callable[[], float] = lambda: math.inf
         self._refused: bool | None = None
-        # By the name of the server; before it was asked nobody knows.
-        self._answers: dict[str, bool] = {}
         self._current: str | None = None
         self.evicted: float | None = None
         self.may_evict: bool | None = None
@@ -123,10 +121,9 @@ class Metrics:
         self.expiring = self._gauge("expiring_keys", text, "mapping")
 
     def _about_servers(self) -> None:
-        text = "Whether Redis answered the last probe."
-        self._ask("redis_up", text, lambda: self._answers.get("redis"))
+        self.redis_up = self._gauge("redis_up", "Whether Redis answered the last probe.")
         text = "Whether PostgreSQL answered the last probe."
-        self._ask("postgres_up", text, lambda: self._answers.get("postgres"))
+        self.postgres_up = self._gauge("postgres_up", text)
         self.leader = self._gauge("leader", "Whether this daemon leads.")
         self._ask(
             "redis_evicted_keys",
@@ -189,8 +186,10 @@ class Metrics:
                     self.in_progress.set(0)
                     self.progress.set(0)
                 self._count_run(document)
-            case "redis" | "postgres":
-                self._answers[kind] = document["connected"]
+            case "redis":
+                self.redis_up.set(document["connected"])
+            case "postgres":
+                self.postgres_up.set(document["connected"])
             case "leader":
                 self.leader.set(document["leads"])
                 if not document["leads"]:

@@ -110,7 +110,7 @@ COMPONENTS: Final[dict[str, Schema]] = {
         totals=table(TEXT),
         moving=WHOLE,
     ),
-    "Run": record_of(_RUN, ("progress", "report")),
+    "Run": record_of(_RUN, ("drift", "moving", "progress", "report")),
     "Server": record(
         connected=FLAG,
         address=maybe(TEXT),

@@ -305,7 +305,7 @@ async def test_verify_finds_no_agreement_in_an_empty_redis(run: Run, redis: Redi
     await run("sync")
     answer = await run("verify")
     assert answer.code == 0
-    assert answer.out.endswith("Redis and PostgreSQL agree, but for 1 rejects\n")
+    assert answer.out.endswith("Redis and PostgreSQL agree, but for 1 reject\n")
     await redis.flushall()
     answer = await run("verify")
     assert answer.code == 1
