@@ -18,6 +18,21 @@ from balancesync.failures import BAD_SETTING, POOLED
 
 Connection = asyncpg.Connection
 
+
+class _Asking(asyncpg.Connection):
+    """A connection on which the driver asks for `target_session_attrs` and leaves nothing behind.
+
+    It asks by a statement with a name, before anybody knows whose session that is.
+    """
+
+    is_ours = False
+
+    async def fetchval(self, query: str, *args: object, **options: Any) -> Any:
+        if self.is_ours:
+            return await super().fetchval(query, *args, **options)
+        return (await _ask(self, query))[0] == "t"
+
+
 _WHO: Final = """SELECT pg_backend_pid(), current_setting('server_encoding'),
     current_setting('client_encoding'), current_setting('session_replication_role')"""
 _PID: Final = "SELECT pg_backend_pid()"
@@ -57,13 +72,20 @@ async def open_connection(dsn: PostgresDsn, config: PostgresConfig, **options: A
     `dsn` is the one of `config`, and `options` are asyncpg's. Raises ConfigError,
     PostgresUnavailable and what the driver raises.
     """
-    connection: Connection = await asyncpg.connect(**(options | dsn.arguments))
+    connection = await _connect(dsn, **options)
     try:
         await _judge(connection, dsn)
+        connection.is_ours = True
         await _set_up(connection, dsn, config)
     except BaseException:
         connection.terminate()
         raise
+    return connection
+
+
+async def _connect(dsn: PostgresDsn, **options: Any) -> _Asking:
+    arguments = options | dsn.arguments | {"connection_class": _Asking}
+    connection: _Asking = await asyncpg.connect(**arguments)
     return connection
 
 
@@ -113,7 +135,7 @@ async def _keeps(connection: Connection, dsn: PostgresDsn, pid: str) -> bool:
     if (await _ask(connection, _PID))[0] != pid:
         return False
     # With another pooler's process behind the same port, a new one each time may find the same.
-    other = await asyncpg.connect(**dsn.arguments, timeout=_POOLER_S)
+    other = await _connect(dsn, timeout=_POOLER_S)
     try:
         # Before the transaction, which pooling by statements refuses.
         if (await _ask(other, _PID))[0] == pid:

@@ -8,9 +8,11 @@ from typing import Any
 
 import asyncpg
 import pytest
+from engine import Engine
 from pooler import PgBouncer, find_pgbouncer
 from pydantic import SecretStr
-from running import Processes, processes
+from redis.asyncio import Redis
+from running import Inside, Processes, daemon_config, processes
 
 from balancesync import opening
 from balancesync.config import PostgresConfig
@@ -104,7 +106,8 @@ async def test_a_pool_without_sessions_is_known_at_once(
     made = pooler(mode, settings=settings)
     if mode == "transaction":
         await warm_up(made.dsn, count)
-    database = database_at(made.dsn)
+    # For this the driver asks a question of its own, before anybody else does.
+    database = database_at(f"{made.dsn}?target_session_attrs=primary")
     try:
         for begin in KINDS:
             with pytest.raises(ConfigError) as caught:
@@ -205,10 +208,39 @@ async def test_a_pool_that_is_used_up_is_waited_for_and_no_longer(
 
 
 async def test_a_setting_of_the_dsn_gets_through_a_pooler(pooler: Start) -> None:
-    made = pooler("session")
+    made = pooler("session", entry="client_encoding=LATIN1")
     options = "?search_path=app,public&options=-c%20work_mem%3D5MB%20--my.own=7"
     database = database_at(made.dsn + options)
     async with database.acquire() as connection:
         shown = [await connection.fetchval(f"SHOW {name}") for name in ("search_path", "work_mem")]
         assert (*shown, await connection.fetchval("SHOW my.own")) == ("app,public", "5MB", "7")
+        assert await connection.fetchval("SHOW client_encoding") == "UTF8"
     await database.close()
+
+
+async def test_all_jobs_work_in_sessions_of_a_pooler(
+    pooler: Start, engine: Callable[..., Engine], pg: asyncpg.Connection, redis: Redis
+) -> None:
+    await redis.mset({f"balance:{each}": "1.50" for each in range(10)})
+    made = engine(dsn=pooler("session").dsn, history={"enabled": True}, prune={"enabled": True})
+    assert (await made.good()).counts.inserted == 10
+    assert (await made.verify()).counts.unchanged == 10
+    assert (await made.good(mode="dry_run")).counts.unchanged == 10
+    await redis.delete("balance:1", "balance:2")
+    await made.good(job="restore")
+    assert await redis.mget("balance:1", "balance:2") == [b"1.5", b"1.5"]
+    assert await pg.fetchval("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'") == 0
+
+
+async def test_live_mode_works_in_sessions_of_a_pooler(
+    pooler: Start, pg: asyncpg.Connection, redis: Redis, redis_url: str
+) -> None:
+    await redis.set("balance:1", "1")
+    config = daemon_config(pooler("session").dsn, redis_url, live={"enabled": True})
+    async with Inside(config) as inside:
+        await inside.leads()
+        await inside.api.until("/status", lambda found: found["live"] == "up")
+        await redis.set("balance:1", "2")
+        async with asyncio.timeout(20):
+            while await pg.fetchval("SELECT balance FROM balances") != 2:
+                await pg.fetchval("SELECT pg_sleep(0.01)")

@@ -157,6 +157,22 @@ async def test_the_lock_is_free_before_close_returns(
     assert await pg.fetchval("SELECT to_regclass('left_open')") is None
 
 
+async def test_a_session_frees_its_locks_before_it_drops_its_connection(postgres_dsn: str) -> None:
+    async with Proxy(urlsplit(postgres_dsn).port or 0) as proxy:
+        database = database_at(through(postgres_dsn, proxy))
+        made = await Session.open(database)
+        held = proxy.hold(b"pg_advisory_unlock_all")
+        closing = asyncio.create_task(made.close())
+        async with asyncio.timeout(20):
+            await held.wait()
+        assert not made.connection.is_closed()
+        assert not closing.done()
+        proxy.resume()
+        await closing
+        assert made.connection.is_closed()
+        await database.close()
+
+
 async def test_the_end_of_a_dropped_session_is_waited_for(
     database: Database, pg: asyncpg.Connection
 ) -> None:
