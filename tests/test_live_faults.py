@@ -203,7 +203,7 @@ async def test_a_key_that_is_back_before_its_row_is_deleted_keeps_it(
     await redis.delete("balance:1", "balance:2")
     await until_balance(pg, 2, None)
     await until_balance(pg, 1, "8.00")
-    assert await pg.fetch("SELECT user_id FROM deleted") == [(2,)]
+    assert await pg.fetchval("SELECT array_agg(user_id) FROM deleted") == [2]
     await until(
         lambda: pg.fetchval("SELECT (gone, deleted) = (1, 1) FROM balancesync.baselines"), True
     )
@@ -313,10 +313,10 @@ async def test_a_server_that_was_restarted_is_not_read_for_the_one_that_was_met(
     server.kill()
     server.start()
     # The first to ask meets the end of the connection; who asks then meets the other server.
-    for _ in range(2):
-        with pytest.raises((SourceChanged, RedisUnavailable)) as raised:
-            await source.fetch(reading, [b"balance:1"], identity=identity)
-    assert "was restarted or replaced" in str(raised.value)
+    with pytest.raises((SourceChanged, RedisUnavailable)):
+        await source.fetch(reading, [b"balance:1"], identity=identity)
+    with pytest.raises(SourceChanged, match="was restarted or replaced"):
+        await source.fetch(reading, [b"balance:1"], identity=identity)
     assert (await source.fetch(reading, [b"balance:1"])).values == [b"1"]
 
 
@@ -328,10 +328,8 @@ async def test_a_primary_that_was_demoted_answers_neither_reads_nor_whether_keys
     assert await source.exists(reading, [b"balance:1", b"balance:2"]) == [True, False]
     other = private_redis()
     await client.replicaof("127.0.0.1", other.port)
-    for ask in (
-        lambda: source.exists(reading, [b"balance:1"]),
-        lambda: source.fetch(reading, [b"balance:1"]),
-        lambda: source.fetch(reading, [b"balance:1"], identity=identity),
-    ):
+    for who in (None, identity):
         with pytest.raises(RedisUnavailable, match="is a replica"):
-            await ask()
+            await source.fetch(reading, [b"balance:1"], identity=who)
+    with pytest.raises(RedisUnavailable, match="is a replica"):
+        await source.exists(reading, [b"balance:1"])
