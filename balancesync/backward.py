@@ -40,7 +40,7 @@ class Backward(Attempt):
     async def _parts(self, session: Session) -> list[Part]:
         parts = []
         for number, config in enumerate(self._chosen()):
-            table = await tables.inspect(session.connection, config)
+            table = await tables.inspect(session.connection, config, self._config.postgres.schema)
             if not table.exists:
                 raise TargetMismatch(
                     f'mapping "{config.name}": the table {config.table} does not exist: there is'

@@ -69,6 +69,7 @@ class Balances:
     def __init__(self, config: Config, database: Database, source: Source, state: State) -> None:
         breaker = Breaker(config.redis.timeout, state)
         self._history = History(database, config.history)
+        self._own_schema = config.postgres.schema
         self._configs = {each.name: each for each in config.mapping}
         self._shelves = {
             each.name: Shelf(each, database, source, state, breaker) for each in config.mapping
@@ -92,7 +93,7 @@ class Balances:
         config = self._configs[mapping]
         Mapping(config).key_of(texts)
         await self._history.require(connection, config, moment)
-        table = await tables.inspect(connection, config)
+        table = await tables.inspect(connection, config, self._own_schema)
         values = (
             await self._history.one_as_of(connection, config, table, texts, moment)
             if table.exists
@@ -259,7 +260,8 @@ class Shelf:
         if self._table is not None:
             return self._table
         async with self._database.acquire() as connection:
-            table = await tables.inspect(connection, self._config)
+            own = self._database.config.schema
+            table = await tables.inspect(connection, self._config, own)
         if table.exists:
             self._table = table
             self._mapping = self._mapping.with_nullable(table.nullable(self._config))

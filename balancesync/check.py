@@ -293,7 +293,7 @@ async def _check_tables(
     for mapping in config.mapping:
         try:
             with database.translated(last=True):
-                table = await tables.inspect(connection, mapping)
+                table = await tables.inspect(connection, mapping, config.postgres.schema)
             if table.exists:
                 found[mapping.name] = table
                 text = f"the table {mapping.table} fits, and this role may write it"
@@ -306,7 +306,7 @@ async def _check_tables(
                 for finding in _judge_hooks(mapping, table):
                     yield finding
             else:
-                yield await _judge_missing(connection, mapping)
+                yield await _judge_missing(connection, mapping, config.postgres.schema)
         except BalanceSyncError as error:
             if isinstance(error, Unavailable):
                 raise
@@ -359,25 +359,27 @@ def _judge_hooks(mapping: MappingConfig, table: Table) -> Iterator[Finding]:
         yield Finding("warning", mapping.name, text)
 
 
-async def _judge_missing(connection: Connection, mapping: MappingConfig) -> Finding:
-    schema, _ = mapping.table_name
+async def _judge_missing(
+    connection: Connection, mapping: MappingConfig, own_schema: str
+) -> Finding:
+    schema = await tables.schema_for_new(connection, mapping, own_schema)
+    full = ".".join((schema or "public", mapping.table_name[1]))
     role = await _ask_role(connection, quote(schema or "public"))
     name = quote(role["role"])
     if schema and not role["has_schema"]:
-        there = f"the table {mapping.table} isn't there, nor is its schema {schema}"
+        there = f"the table {full} isn't there, nor is its schema {schema}"
         if role["may_create_schema"]:
             return Finding("ok", mapping.name, f"{there}: the first sync creates both")
         way = f"as an administrator CREATE SCHEMA {quote(schema)} AUTHORIZATION {name}"
         text = f"{there}, and role {role['role']} may not create it; {way}"
         return Finding("error", mapping.name, text)
-    if role["may_create_in_schema"] if schema else role["may_create_in_default"]:
-        return Finding("ok", mapping.name, f"the first sync creates the table {mapping.table}")
-    where = schema or role["default_schema"] or "public"
+    if schema and role["may_create_in_schema"]:
+        return Finding("ok", mapping.name, f"the first sync creates the table {full}")
     # A schema that may not be used is none of the search path's.
-    rights = "CREATE" if schema or role["default_schema"] else "USAGE, CREATE"
+    rights = "CREATE" if schema and role["may_use_schema"] else "USAGE, CREATE"
     return Finding(
         "error",
         mapping.name,
-        f"the table {mapping.table} isn't there, and role {role['role']} may not create it; GRANT"
-        f" {rights} ON SCHEMA {quote(where)} TO {name}, or create the table",
+        f"the table {full} isn't there, and role {role['role']} may not create it; GRANT"
+        f" {rights} ON SCHEMA {quote(schema or 'public')} TO {name}, or create the table",
     )

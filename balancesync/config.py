@@ -139,7 +139,7 @@ class MappingConfig:
     ignore: tuple[Filled, ...] = ()
     type: Literal["string", "hash", "json"] = "string"
     member: Annotated[str, passes(Template.parse)] = ""
-    table: Annotated[str, passes(parse_table)] = "balances"
+    table: Annotated[str, passes(parse_table)] = "public.balances"
     mode: Literal["upsert", "update"] = "upsert"
     on_absent: Literal["keep", "delete"] = "keep"
     synced_at: Annotated[str, passes(_check_synced_at)] = "synced_at"
@@ -370,11 +370,26 @@ class Config:
     def __post_init__(self) -> None:
         if not self.mapping:
             raise Misfit("must have at least one [[mapping]]", "mapping")
+        for each in self.mapping:
+            _check_own_schema(each, self.postgres.schema)
         for first, second in combinations(self.mapping, 2):
             if first.name == second.name:
                 raise Misfit(f'has two mappings called "{first.name}"', "mapping")
             if first.table_name == second.table_name:
                 _check_shared_table(first, second)
+
+
+def _check_own_schema(mapping: MappingConfig, own: str) -> None:
+    schema, name = mapping.table_name
+    if schema != own:
+        return
+    table = ".".join('"' + each.replace('"', '""') + '"' for each in (own, name))
+    raise Misfit(
+        f'has "{mapping.name}" with the table {mapping.table}, in postgres.schema, which belongs to'
+        f" balancesync alone and is dropped with it; if that table is there, ALTER TABLE {table}"
+        f' SET SCHEMA public; then write table = "public.{name}"',
+        "mapping",
+    )
 
 
 def _check_shared_table(first: MappingConfig, second: MappingConfig) -> None:

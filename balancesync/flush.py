@@ -169,7 +169,7 @@ class Flusher:
             raise Gap("PostgreSQL was restarted or replaced: its last commits may be lost")
         found = []
         for number, config in enumerate(self._config.mapping):
-            table = await tables.inspect(connection, config)
+            table = await tables.inspect(connection, config, self._config.postgres.schema)
             if not table.exists:
                 raise Gap(f'mapping "{config.name}": the table {config.table} is gone')
             found.append((config, table))

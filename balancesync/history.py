@@ -39,6 +39,12 @@ _OF_OTHERS: Final = """h.mapping <> $1 AND EXISTS (
 ) AND ($4::boolean OR EXISTS (
     SELECT FROM jsonb_array_elements(h.shape::jsonb -> 'values') AS theirs
     JOIN jsonb_array_elements($2::text::jsonb -> 'values') AS ours ON ours -> 0 = theirs -> 0))"""
+# A table left to the search path then, and named in full now, is the same if both mean it.
+_SAME_SHAPE: Final = """(h.shape = $2 OR (
+    h.shape::jsonb - 'table' = $2::text::jsonb - 'table' AND h.shape::jsonb -> 'table' ->> 0 IS NULL
+    AND to_regclass(quote_ident(h.shape::jsonb -> 'table' ->> 1)) = to_regclass(
+        quote_ident($2::text::jsonb -> 'table' ->> 0) || '.'
+        || quote_ident($2::text::jsonb -> 'table' ->> 1))))"""
 _BLOCKS: Final = load_sql("changes")
 _OF_A_TABLE: Final = ("one_as_of", "all_as_of")
 _FORGET_AT_ONCE: Final = 10_000
@@ -74,7 +80,12 @@ class History:
         self._schema = database.schema
         unbroken = _UNBROKEN.format(schema=database.schema)
         self._sql = {
-            name: sql.format(schema=database.schema, unbroken=unbroken, of_others=_OF_OTHERS)
+            name: sql.format(
+                schema=database.schema,
+                unbroken=unbroken,
+                of_others=_OF_OTHERS,
+                same_shape=_SAME_SHAPE,
+            )
             for name, sql in _BLOCKS.items()
             if name not in _OF_A_TABLE
         }

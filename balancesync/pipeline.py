@@ -10,6 +10,8 @@ from dataclasses import replace
 from datetime import datetime
 from typing import Final
 
+import structlog
+
 from balancesync import table as tables
 from balancesync.apply import Applied, Applier
 from balancesync.attempt import Attempt, Work
@@ -30,6 +32,8 @@ from balancesync.target import Span, Writer
 _CLOCK_SLACK_S: Final = 1.0
 # The share of the known keys whose loss is told, though it's followed: several such ones add up.
 _NOTABLE_LOSS: Final = 0.1
+
+log = structlog.get_logger("balancesync")
 
 
 class Pipeline(Attempt):
@@ -118,11 +122,12 @@ class Pipeline(Attempt):
 
     async def _parts(self, session: Session) -> list[Part]:
         """The mappings asked for, each with its table checked and its staging table made."""
-        found = []
+        found, own = [], self._config.postgres.schema
         for config in self._chosen():
-            table = await tables.inspect(session.connection, config)
+            table = await tables.inspect(session.connection, config, own)
             if not table.exists and self._writes:
-                table = await tables.create(session.connection, config)
+                table = await tables.create(session.connection, config, own)
+                log.info("table created", mapping=config.name, table=table.sql_name)
             elif not table.exists and self._request.mode == "verify":
                 raise TargetMismatch(
                     f'mapping "{config.name}": the table {config.table} does not exist yet;'

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
-from balancesync.config import MappingConfig
+import asyncpg
+
+from balancesync.config import MappingConfig, PostgresConfig
 from balancesync.database import Connection, load_sql, quote
 from balancesync.errors import RightMissing, TargetMismatch
 
@@ -18,6 +20,7 @@ _KINDS: Final = {
     "i": "an index",
     "c": "a composite type",
 }
+_OWN_SCHEMA: Final = PostgresConfig().schema
 _SYNCED_AT_TYPES: Final = ("timestamp with time zone", "timestamp without time zone")
 
 
@@ -84,13 +87,19 @@ class Table:
         return f"GRANT {', '.join(rights)} ON {self.sql_name} TO {quote(self.role)}"
 
 
-async def inspect(connection: Connection, mapping: MappingConfig) -> Table:
-    """Look the mapping's table up and check that it fits.
+async def inspect(
+    connection: Connection, mapping: MappingConfig, own_schema: str = _OWN_SCHEMA
+) -> Table:
+    """Look the mapping's table up and check that it fits; `own_schema` is `postgres.schema`.
 
     Raises TargetMismatch with everything that differs in one line, or RightMissing.
     """
-    name = quote(*mapping.table_name)
-    relation = await connection.fetchrow(_SQL["relation"], name)
+    name, (schema, _) = quote(*mapping.table_name), mapping.table_name
+    relation = None
+    if schema is None or await connection.fetchval(_SQL["may_look_into"], quote(schema)):
+        relation = await connection.fetchrow(_SQL["relation"], name)
+    if relation is None or relation["schema"] == own_schema:
+        await _refuse_own(connection, mapping, own_schema, lies_there=relation is not None)
     if relation is None:
         await _refuse_hidden(connection, mapping)
         if mapping.mode == "update":
@@ -124,7 +133,79 @@ async def inspect(connection: Connection, mapping: MappingConfig) -> Table:
         misfits.append("row-level security hides rows from this role; use a role with BYPASSRLS")
     missing = _missing_rights(table, mapping, may_delete=relation["may_delete"])
     _refuse(table, mapping, misfits, missing)
+    await refuse_published(connection, mapping, table)
     return table
+
+
+async def _refuse_own(
+    connection: Connection, mapping: MappingConfig, own_schema: str, *, lies_there: bool
+) -> None:
+    """Raise TargetMismatch if the table lies in balancesync's own schema, which goes as a whole.
+
+    So does a search path make it that begins with a schema called like the role. Where another one
+    is meant that isn't there yet, it would be a second table beside the one with the balances.
+    """
+    schema, name = mapping.table_name
+    columns = [*mapping.key_columns, *mapping.value_columns]
+    is_target = await connection.fetchval(_SQL["in_own_schema"], own_schema, name, columns)
+    if not is_target and not lies_there:
+        return
+    where = schema if schema not in (None, own_schema) else "public"
+    line = f'table = "{where}.{name}"'
+    said = (
+        f'mapping "{mapping.name}": the table {own_schema}.{name} lies in postgres.schema, which'
+        " belongs to balancesync alone and is dropped with it"
+    )
+    if not is_target:
+        raise TargetMismatch(f"{said}; name a table of another schema, as in {line}")
+    if await connection.fetchval(_SQL["is_there"], where, name):
+        raise TargetMismatch(
+            f"{said}, and there is a table {where}.{name}, too; rename the one without balances,"
+            f" ALTER TABLE {quote(own_schema, name)} SET SCHEMA {quote(where)} if it has them, and"
+            f" write {line} in the configuration"
+        )
+    raise TargetMismatch(
+        f"{said}; ALTER TABLE {quote(own_schema, name)} SET SCHEMA {quote(where)}, and write {line}"
+        " in the configuration"
+    )
+
+
+async def refuse_published(connection: Connection, mapping: MappingConfig, table: Table) -> None:
+    """Raise TargetMismatch if a publication keeps PostgreSQL from changing or deleting rows.
+
+    It wants a replica identity, also for no row at all, and one that has all columns of the row
+    filter: https://www.postgresql.org/docs/current/logical-replication-publication.html
+    """
+    if not await connection.fetchval(_SQL["is_published"]):
+        return
+    column = quote(mapping.value_columns[0])
+    statements = [f"UPDATE {table.sql_name} SET {column} = {column} WHERE (SELECT false)"]  # noqa: S608
+    if mapping.on_absent == "delete":
+        statements.append(f"DELETE FROM {table.sql_name} WHERE (SELECT false)")  # noqa: S608
+    for statement in statements:
+        try:
+            # Makes the statement ready, which is where PostgreSQL judges, and doesn't execute it.
+            await connection.execute(f"EXPLAIN {statement}")
+        except asyncpg.ObjectNotInPrerequisiteStateError as error:
+            raise _unpublishable(
+                mapping, error, f"ALTER TABLE {table.sql_name} REPLICA IDENTITY FULL"
+            ) from error
+        except asyncpg.InvalidColumnReferenceError as error:
+            way = (
+                "change the publication or the table's replica identity: that must have all columns"
+                " of the row filter, and the column list must have all of its columns"
+            )
+            raise _unpublishable(mapping, error, way) from error
+
+
+def _unpublishable(
+    mapping: MappingConfig, error: asyncpg.PostgresError, way: str
+) -> TargetMismatch:
+    said = str(error).splitlines()[0] + (f": {error.detail}" if error.detail else "")
+    return TargetMismatch(
+        f'mapping "{mapping.name}": the table {mapping.table} is published: PostgreSQL refuses to'
+        f" change its rows: {said.rstrip('.')}; {way}"
+    )
 
 
 def _refuse(
@@ -150,15 +231,15 @@ async def _has_schema(connection: Connection, mapping: MappingConfig) -> bool:
 
 
 async def _refuse_hidden(connection: Connection, mapping: MappingConfig) -> None:
-    """Raise RightMissing if the search path passes over a schema with this table, unseen.
+    """Raise RightMissing if the table is in a schema that this role may not use.
 
-    Another one, made where this role may, would then take its place in silence.
+    A search path passes over it, and another one, made where this role may, would take its place.
     """
     schema, name = mapping.table_name
-    hidden = None if schema else await connection.fetchrow(_SQL["hidden"], name)
+    hidden = await connection.fetchrow(_SQL["hidden"], name, schema)
     if hidden is not None:
         raise RightMissing(
-            f'mapping "{mapping.name}": this role may not use the schema {hidden["schema"]}, which'
+            f'mapping "{mapping.name}": this role lacks USAGE for schema {hidden["schema"]}, which'
             f" the table {mapping.table} is in; GRANT USAGE ON SCHEMA {quote(hidden['schema'])} TO"
             f" {quote(hidden['role'])}"
         )
@@ -228,9 +309,20 @@ def _missing_rights(table: Table, mapping: MappingConfig, *, may_delete: bool) -
     return [*lacks, "DELETE"] if deletes and not may_delete else lacks
 
 
-async def create(connection: Connection, mapping: MappingConfig) -> Table:
-    """Create the mapping's own table, key columns as primary key; safe when two start at once."""
+async def schema_for_new(
+    connection: Connection, mapping: MappingConfig, own_schema: str = _OWN_SCHEMA
+) -> str | None:
+    """The schema that a new table is made in: never our own; None: the search path has no other."""
     schema, _ = mapping.table_name
+    found: str | None = await connection.fetchval(_SQL["schema_for_new"], own_schema)
+    return schema or found
+
+
+async def create(
+    connection: Connection, mapping: MappingConfig, own_schema: str = _OWN_SCHEMA
+) -> Table:
+    """Create the mapping's own table, key columns as primary key; safe when two start at once."""
+    schema, table = mapping.table_name
     if schema and not await _has_schema(connection, mapping):
         await connection.execute(f"CREATE SCHEMA IF NOT EXISTS {quote(schema)}")
     lines = [f"{quote(name)} {kind.sql} NOT NULL" for name, kind in mapping.types.items()]
@@ -238,8 +330,9 @@ async def create(connection: Connection, mapping: MappingConfig) -> Table:
         lines.append(f"{quote(mapping.synced_at)} timestamptz")
     keys = ", ".join(quote(name) for name in mapping.key_columns)
     lines.append(f"PRIMARY KEY ({keys})")
-    name = quote(*mapping.table_name)
-    if not schema and await connection.fetchval("SELECT current_schema()") is None:
+    schema = await schema_for_new(connection, mapping, own_schema)
+    name = quote(schema, table)
+    if schema is None:
         raise TargetMismatch(
             f'mapping "{mapping.name}": {mapping.table} can\'t be created, for the search path of'
             " this role names no schema that is there; write schema.table"
@@ -250,7 +343,7 @@ async def create(connection: Connection, mapping: MappingConfig) -> Table:
         # https://www.postgresql.org/docs/current/storage-hot.html
         " WITH (fillfactor = 90)"
     )
-    return await inspect(connection, mapping)
+    return await inspect(connection, mapping, own_schema)
 
 
 def refuse_shared(found: Sequence[tuple[MappingConfig, Table]]) -> None:

@@ -14,7 +14,7 @@ from balancesync.mapping import Mapping
 from balancesync.model import Batch, Reject, Stamp
 from balancesync.session import Session
 from balancesync.statements import staged_columns, statements
-from balancesync.table import Table
+from balancesync.table import Table, refuse_published
 
 # The last one is a restore's: a key that is left as it is.
 Op = Literal["i", "u", "d", "k"]
@@ -520,7 +520,9 @@ class Writer:
         ]
 
     async def refuse_altered(self) -> None:
-        """Raise Transient if the table isn't the one any more that was looked at."""
+        """Raise Transient if the table isn't the one any more that was looked at, or TargetMismatch
+        if a publication made since keeps its rows from being written.
+        """
         [[is_same]] = await self._fetch(self._sql["is_same"])
         if not is_same:
             config = self.mapping.config
@@ -528,6 +530,9 @@ class Writer:
                 f'mapping "{config.name}": the table {config.table} was altered or replaced during'
                 " the run; the next attempt looks at it anew"
             )
+        await self._session.watch(
+            refuse_published(self._session.connection, self.mapping.config, self.table)
+        )
 
     async def pause(self, seconds: float) -> None:
         """Wait between two slices, though no longer than the run goes on."""

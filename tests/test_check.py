@@ -70,7 +70,7 @@ async def test_all_is_well_before_the_first_sync(config: Config, redis: Redis) -
     assert not texts(found, "unreachable")
     assert "schema balancesync isn't there yet" in " ".join(texts(found, "ok", "postgres"))
     assert texts(found, "ok", "balances") == [
-        "the first sync creates the table balances",
+        "the first sync creates the table public.balances",
         "2 of 2 sampled values fit",
         "none of the sampled keys expires",
     ]
@@ -339,7 +339,7 @@ async def test_triggers(config: Config, pg: asyncpg.Connection) -> None:
         "CREATE TRIGGER tell BEFORE UPDATE ON balances FOR EACH ROW EXECUTE FUNCTION noisy()"
     )
     found = texts(await examine(config), "warning", "balances")
-    assert "the table balances has triggers (tell)" in found[0]
+    assert "the table public.balances has triggers (tell)" in found[0]
 
 
 async def test_a_role_without_rights(config: Config, pg: asyncpg.Connection) -> None:
@@ -364,7 +364,9 @@ async def test_a_role_that_may_not_use_the_schema(config: Config, pg: asyncpg.Co
     assert any("denies a right" in text for text in texts(await examine(poor), "error"))
     await pg.execute("GRANT SELECT ON ALL TABLES IN SCHEMA balancesync TO checked")
     errors = texts(await examine(poor), "error", "postgres")
-    assert any("may not read and write baselines, changes, histories, " in e for e in errors)
+    assert any(
+        "may not read and write altered, baselines, changes, histories, " in e for e in errors
+    )
     await pg.execute(
         "GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA balancesync TO checked"
     )

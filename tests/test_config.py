@@ -682,7 +682,7 @@ def test_the_default_mapping_for_the_engine() -> None:
     assert one.value_columns == ("balance",)
     assert one.types == {"user_id": ColumnType("bigint"), "balance": ColumnType("numeric", 20, 2)}
     assert one.field_of == {"balance": "balance"}
-    assert one.table_name == (None, "balances")
+    assert one.table_name == ("public", "balances")
     assert one.tolerance == Decimal(0)
 
 
@@ -831,7 +831,7 @@ def test_mappings_that_live_together(
     [
         ({}, {"name": "a", "table": "b"}, 'has two mappings called "a"'),
         ({}, {}, 'has "a" and "b" on one table, which needs mode = "update" in both'),
-        ({}, {"table": '"balances"'}, 'has "a" and "b" on one table'),
+        ({}, {"table": 'public."balances"'}, 'has "a" and "b" on one table'),
         (USERS, BONUS | {"mode": "upsert"}, 'has "a" and "b" on one table, which needs mode'),
         (USERS, USERS, 'has "a" and "b" on one table, which would both write balance'),
         (USERS, BONUS | {"key": "{id}", "columns": {"id": "bigint", "bonus": "int"}},

@@ -60,9 +60,9 @@ STRINGS = (
     ("RPUSH", "balance:4", "job"),
     ("SET", "cache:1", "1"),
 )
-OWN = {"table": "balancesync.balances", "on_absent": "delete"}
+OWN = {"table": "public.balances", "on_absent": "delete"}
 DEPLOYMENTS = {
-    "own": Deployment(OWN, 0, (0,), STRINGS, ("SET", "balance:1", "9")),
+    "own": Deployment(OWN, 0, (0, 1), STRINGS, ("SET", "balance:1", "9")),
     "elsewhere": Deployment(
         {"table": "public.balances"}, 0, (0, 1), STRINGS, ("SET", "balance:1", "9")
     ),
@@ -86,7 +86,7 @@ DEPLOYMENTS = {
     "hash": Deployment(
         {**OWN, "type": "hash"},
         1,
-        (0,),
+        (0, 1),
         (
             ("HSET", "balance:1", "balance", "1.50"),
             ("HSET", "balance:2", "balance", "2.50"),
@@ -98,7 +98,7 @@ DEPLOYMENTS = {
     "json": Deployment(
         {**OWN, "type": "json"},
         0,
-        (0,),
+        (0, 1),
         (
             ("SET", "balance:1", '{"balance": 1.50}'),
             ("SET", "balance:2", '{"balance": "2.50"}'),
@@ -110,7 +110,7 @@ DEPLOYMENTS = {
     "member": Deployment(
         {**OWN, "key": "balance:all", "type": "hash", "member": "{user_id}"},
         2,
-        (0,),
+        (0, 1),
         (("HSET", "balance:all", "1", "1.50", "2", "2.50", "3", "x"),),
         ("HSET", "balance:all", "1", "9"),
         spared=frozenset({*SPARED, "+type"}),
@@ -360,10 +360,10 @@ POSTGRES_RIGHTS = {
         "TEMPORARY ON DATABASE {database}": "temporary tables",
         "CONNECT ON DATABASE {database}": "permission denied for database",
         "USAGE ON SCHEMA balancesync": "for schema balancesync",
-        "SELECT ON balancesync.balances": r"SELECT \(",
-        "INSERT ON balancesync.balances": r"INSERT \(",
-        "UPDATE ON balancesync.balances": r"UPDATE \(",
-        "DELETE ON balancesync.balances": "DELETE",
+        "SELECT ON public.balances": r"SELECT \(",
+        "INSERT ON public.balances": r"INSERT \(",
+        "UPDATE ON public.balances": r"UPDATE \(",
+        "DELETE ON public.balances": "DELETE",
         "INSERT ON balancesync.runs": "permission denied for table runs",
     },
     "elsewhere": {"USAGE ON SCHEMA public": "for schema public"},

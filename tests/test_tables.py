@@ -588,7 +588,7 @@ async def test_search_path_without_a_schema(
 ) -> None:
     await pg.execute(f"ALTER DATABASE {urlsplit(postgres_dsn).path[1:]} SET search_path = ''")
     await redis.set("balance:1", "1")
-    sync = engine()
+    sync = engine({"table": "balances"})
     assert "schema" in await sync.failed(TargetMismatch)
     assert (await engine({"table": "public.balances"}).good()).counts.inserted == 1
 
@@ -694,7 +694,7 @@ async def test_nothing_is_written_to_a_table_that_was_altered_in_mid_run(
             await waiting(pg, 2)
         await altering
     line = await running
-    assert line.startswith('mapping "balances": the table balances was altered or replaced')
+    assert line.startswith('mapping "balances": the table public.balances was altered or replaced')
     if change == ALTERED["narrowed"]:
         found = await pg.fetch("SELECT balance::text FROM balances ORDER BY user_id")
         # The first one was written before, and rounded by whoever altered the table.
@@ -711,5 +711,6 @@ async def test_two_names_of_one_table(
     for word in ('"users"', '"bonus"', "public.users"):
         assert word in line
     # Neither of the two has a table of its own to start from.
-    own = {"key": "a:{user_id}", "name": "a"}, {"name": "b", "table": "public.balances"}
+    first = {"key": "a:{user_id}", "name": "a", "table": "balances"}
+    own = first, {"name": "b", "table": "public.balances"}
     assert "same table" in await engine(*own).failed(TargetMismatch)

@@ -1,6 +1,6 @@
 -- The history: what changed, and since when nothing is missing. {unbroken} tells of a row h of
 -- histories whether no program that keeps none has written since, {of_others} whether it is another
--- mapping's of what this one writes.
+-- mapping's of what this one writes, {same_shape} whether it is about the table and columns $2.
 
 -- name: moment
 SELECT clock_timestamp() AS now, greatest(clock_timestamp(), max(at) + interval '1 microsecond') AS at
@@ -13,14 +13,14 @@ WITH ended AS (
 )
 INSERT INTO {schema}.histories AS h (mapping, shape, since)
 SELECT $1, $2, $5 WHERE NOT EXISTS (
-    SELECT FROM {schema}.histories AS h WHERE h.mapping = $1 AND h.shape = $2 AND {unbroken})
+    SELECT FROM {schema}.histories AS h WHERE h.mapping = $1 AND {same_shape} AND {unbroken})
 ON CONFLICT (mapping) DO UPDATE SET shape = EXCLUDED.shape, since = EXCLUDED.since;
 
 -- name: end
 DELETE FROM {schema}.histories AS h WHERE h.mapping = $1 OR {of_others};
 
 -- name: since
-SELECT h.since FROM {schema}.histories AS h WHERE h.mapping = $1 AND h.shape = $2 AND {unbroken};
+SELECT h.since FROM {schema}.histories AS h WHERE h.mapping = $1 AND {same_shape} AND {unbroken};
 
 -- name: forget
 WITH gone AS (

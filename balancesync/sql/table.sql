@@ -8,11 +8,37 @@ SELECT c.oid::bigint AS oid, n.nspname AS schema, c.relname AS name, c.relkind::
 FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
 WHERE c.oid = to_regclass($1);
 
+-- name: in_own_schema
+-- Whether the schema $1, our own, has a table of that name with all these columns: a target by mistake.
+SELECT EXISTS (
+    SELECT FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
+    WHERE n.nspname = $1 AND c.relname = $2 AND c.relkind IN ('r', 'p') AND cardinality($3::text[]) = (
+        SELECT count(*) FROM pg_attribute AS a
+        WHERE a.attrelid = c.oid AND a.attname = ANY ($3::text[]) AND NOT a.attisdropped));
+
+-- name: schema_for_new
+-- The first of the search path but $1, our own.
+SELECT name FROM unnest(current_schemas(false)) WITH ORDINALITY AS path (name, place)
+WHERE name <> $1 ORDER BY place LIMIT 1;
+
+-- name: is_published
+SELECT NOT pg_is_in_recovery() AND EXISTS (SELECT FROM pg_publication WHERE pubupdate OR pubdelete);
+
+-- name: may_look_into
+-- A name in a schema that the role may not use is an error, and none that isn't there.
+SELECT coalesce(has_schema_privilege(to_regnamespace($1), 'USAGE'), true);
+
+-- name: is_there
+SELECT EXISTS (SELECT FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
+    WHERE n.nspname = $1 AND c.relname = $2);
+
 -- name: hidden
+-- $2 is the table's schema, if it is given.
 SELECT n.nspname AS schema, current_user AS role
 FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
 WHERE c.relname = $1 AND NOT has_schema_privilege(n.oid, 'USAGE')
-    AND n.nspname = ANY (regexp_split_to_array(translate(current_setting('search_path'), '"', ''), ', *'))
+    AND n.nspname = ANY (CASE WHEN $2::text IS NOT NULL THEN ARRAY[$2::text] ELSE
+        regexp_split_to_array(translate(current_setting('search_path'), '"', ''), ', *') END)
 LIMIT 1;
 
 -- name: columns

@@ -79,7 +79,8 @@ FROM {staging} WHERE rejected IS NULL;
 INSERT INTO {diff} (n, op, {keys}, {olds})
 SELECT $1 + row_number() OVER (ORDER BY {t_keys}), 'd', {t_keys}, {t_values}
 FROM {target} AS t
-WHERE t.{synced_at} IS NOT NULL AND NOT EXISTS (SELECT FROM {staging} AS s WHERE {same_key});
+WHERE t.{synced_at} IS NOT NULL AND {keys_not_null}
+    AND NOT EXISTS (SELECT FROM {staging} AS s WHERE {same_key});
 
 -- name: diff_gone_again
 INSERT INTO {diff} (n, op, {keys}, {olds})
