@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from threading import Thread
 from typing import Any
 from urllib.parse import urlsplit
@@ -143,6 +144,14 @@ async def test_every_table_of_ours_has_a_replica_identity(
         " (SELECT FROM pg_index AS i WHERE i.indrelid = c.oid AND i.indisprimary))"
     )
     assert rows == []
+    tables = await pg.fetch(
+        "SELECT relname FROM pg_class WHERE relnamespace = 'balancesync'::regnamespace"
+        " AND relkind = 'r' ORDER BY 1"
+    )
+    page = (Path(__file__).parent.parent / "docs" / "operations.md").read_text()
+    *most, last = (f"`{row[0]}`" for row in tables)
+    assert f"lists {', '.join(most)} and {last}" in page
+    assert f"(the tables {', '.join([*most, last])})" in page
 
 
 async def test_a_database_that_publishes_all_its_tables(
