@@ -145,5 +145,5 @@ export function noRejects(status) {
   if (!status.rejects) return { known: false, short: "PostgreSQL hasn't told yet", long: "Not known yet." };
   if (away) return { known: false, short: "PostgreSQL can't tell now", long: "Not known: PostgreSQL can't tell now." };
   if (!status.last_success_at) return { known: false, short: "No sync has succeeded yet", long: "Not known yet." };
-  return { known: true, short: "Every record could be stored", long: "None: every record that Redis holds could be stored." };
+  return { known: true, short: "Every record read could be stored", long: "None: every record that the last runs read could be stored." };
 }
