@@ -298,6 +298,24 @@ async def test_verify_exits_1_on_drift(run: Run, redis: Redis, pg: asyncpg.Conne
     assert answer.out.endswith("\n1 row differs from Redis\n")
     answer = await run("verify", "--json")
     assert (answer.code, answer.document["updated"]) == (1, 1)
+    assert (answer.document["drift"], answer.document["moving"]) == (1, 0)
+    assert '"drift": 1' in answer.err
+    assert '"level": "warning"' in answer.err
+    # It came to its end; that's no reason to be called well.
+    assert "succeeded, 1 differs" in (await run("runs")).out
+    assert "succeeded, 1 differs" in (await run("status")).out
+    assert "drift: the last verify found that 1 row differs" in (await run("status")).out
+    assert "drift" not in (await run("sync", "--json")).document
+    assert (await run("status")).out.startswith("safe: everything up to ")
+
+
+async def test_where_there_is_nothing_to_compare_verify_finds_no_agreement(
+    run: Run, redis: Redis
+) -> None:
+    await run("sync")
+    answer = await run("verify")
+    assert answer.code == 0
+    assert answer.out.endswith("\nRedis has no key of it: there was nothing to compare\n")
 
 
 async def test_verify_finds_no_agreement_in_an_empty_redis(run: Run, redis: Redis) -> None:
