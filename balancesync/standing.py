@@ -8,6 +8,7 @@ from rich.text import Text
 
 from balancesync.documents import Document
 from balancesync.progress import WORDS
+from balancesync.records import elsewhere
 from balancesync.show import STYLES, Grid, Line, ago, moment, outcome_text, status_text, write
 from balancesync.telemetry import printable
 
@@ -39,6 +40,8 @@ def status_lines(status: Document) -> list[Line]:
         lines += [Text(printable(f"{text}{refusal['reason']}"), STYLES["refused"]), ""]
     if status["refusal"]:
         lines += [*_ways(status["refusal"]), ""]
+    for refusal in status.get("refused_elsewhere") or ():
+        lines += [Text(printable(elsewhere(refusal["mapping"], refusal["reason"])), "yellow"), ""]
     return [*lines, grid]
 
 

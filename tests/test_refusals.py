@@ -13,6 +13,7 @@ from running import Inside, daemon_config
 from balancesync.embedded import RedisServer
 from balancesync.errors import Refused
 from balancesync.overview import health, status
+from balancesync.standing import status_lines
 
 Make = Callable[..., Engine]
 PrivateRedis = Callable[..., RedisServer]
@@ -90,6 +91,8 @@ async def test_everyone_who_reads_refusals_knows_where_it_holds(
         document = await status(*servers)
         assert bool(document["refusal"]) == stands
         assert bool(document["refused_elsewhere"]) == (not stands)
+        printed = " ".join(map(str, status_lines(document | {"no_daemon": "no daemon answers"})))
+        assert ("are redis.url and the key template right" in printed) == (not stands)
     # A restore here is about this Redis.
     await fill(redis, 60, first=6)
     run = await here.sync(job="restore")
