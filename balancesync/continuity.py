@@ -42,9 +42,10 @@ class Primary:
     FLUSHALL and FLUSHDB of whatever database, `swaps` SWAPDB, `reset` is how its statistics were
     last reset ("": never), `counters` only ever grow until then. `keys` are those of our database,
     `all_keys` of all. `loaded` is how many keys its file held at its start, `created` how many may
-    have come since; `changes` how many changes its append-only file and it have seen together,
-    `is_unsaved` whether that counts all since its start. `heard_since` is since when our ear is
-    open on it, by PostgreSQL's count of transactions.
+    have come since, `writes` how many commands have surely changed something since. `changes` is
+    how many changes its append-only file and it have seen together, `is_unsaved` whether that
+    counts all since its start. `heard_since` is since when our ear is open on it, by PostgreSQL's
+    count of transactions.
     """
 
     address: str
@@ -66,6 +67,7 @@ class Primary:
     all_keys: int | None = None
     loaded: int | None = None
     created: int | None = None
+    writes: int | None = None
     changes: int | None = None
     base_bytes: int | None = None
     is_unsaved: bool = False
@@ -464,6 +466,7 @@ def _least_replayed(then: Primary, now: Primary) -> int | None:
     if then.base_bytes != now.base_bytes and not is_new:
         return None  # it was rewritten
     old_changes, new_changes, old_keys, new_keys = (each or 0 for each in changes)
-    if new_changes < old_changes:
+    # Else what it holds now was all made since: it was rewritten, and empty.
+    if new_changes - old_changes < (now.writes or 0):
         return None
     return max((old_keys + new_keys - (new_changes - old_changes)) // 2, 0)

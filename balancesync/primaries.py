@@ -39,12 +39,17 @@ _MAKES_NONE: Final = """
     client config command acl cluster latency memory slowlog commandlog object pubsub script
     function module xinfo"""
 
+# These change something whenever they succeed.
+_CHANGES: Final = """
+    set setex psetex getset incr incrby incrbyfloat decr decrby hset hmset hincrby hincrbyfloat
+    mset"""
+
 
 def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-_ONE, _NONE = _words(_MAKES_ONE), _words(_MAKES_NONE)
+_ONE, _NONE, _SURE = _words(_MAKES_ONE), _words(_MAKES_NONE), _words(_CHANGES)
 
 
 def read_primary(
@@ -82,6 +87,7 @@ def read_primary(
         all_keys=_all_keys(info),
         loaded=_loaded(info),
         created=_most_created(stats) if counted else None,
+        writes=sum(_calls(stats, name) for name in _SURE) if counted else None,
         changes=_changes(info),
         base_bytes=_number(info, "aof_base_size"),
         is_unsaved=_number(info, "rdb_saves") == 0,

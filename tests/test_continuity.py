@@ -274,6 +274,25 @@ async def test_an_append_only_file_that_ends_in_a_flush_brings_nothing_back(
     await made.close()
 
 
+async def test_a_file_that_was_rewritten_empty_brings_nothing_back(
+    private_redis: PrivateRedis, postgres_dsn: str, pg: asyncpg.Connection
+) -> None:
+    server = private_redis({"appendonly": "yes"})
+    made = Engine(make_config(postgres_dsn, server.url))
+    async with Redis.from_url(server.url) as client:
+        await fill(client, 50)
+        await made.good()
+        await client.flushall()
+        await client.bgrewriteaof()
+        await until(lambda: says(client, "persistence", "aof_rewrite_in_progress", 0))
+        await restart(server, client)
+        for number in range(KEYS):
+            await client.set(f"balance:{number}", "0")
+        await refused(made)
+        assert await total(pg) == 5000
+    await made.close()
+
+
 async def test_a_rewritten_file_with_a_flush_after_it_brings_nothing_back(
     private_redis: PrivateRedis, postgres_dsn: str, pg: asyncpg.Connection
 ) -> None:
