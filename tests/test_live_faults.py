@@ -90,6 +90,8 @@ async def test_a_big_hash_whose_flush_fails_is_read_again(
     daemon = await start(BIG, live=LONG)
     await redis.hset("big", "1", "5")
     await until(lambda: pg.fetchval("SELECT balance FROM bigs WHERE user_id = 1"), 5)
+    # That flush is over when the lock is free.
+    await until(lambda: pg.fetchval("SELECT pg_try_advisory_lock($1)", WRITER), True)
     killed = await pg.fetchval(
         """SELECT pg_terminate_backend(l.pid) FROM pg_locks AS l, balancesync.runs AS r
            WHERE l.locktype = 'advisory' AND r.job = 'live'
@@ -98,6 +100,7 @@ async def test_a_big_hash_whose_flush_fails_is_read_again(
     assert killed
     # Told once, and never again.
     await redis.hset("big", "1", "6")
+    await pg.execute("SELECT pg_advisory_unlock($1)", WRITER)
     await daemon.log.next("live", state="down")
     await until(lambda: pg.fetchval("SELECT balance FROM bigs WHERE user_id = 1"), 6)
     await daemon.log.next("live", state="up")
