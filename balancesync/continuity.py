@@ -75,7 +75,7 @@ class Primary:
 
     @property
     def untold(self) -> list[str]:
-        """What INFO lacks of what proves by itself that nothing was emptied."""
+        """What INFO lacks of the fields that prove that nothing was emptied."""
         lacking = {
             "uptime_in_seconds": self.started,
             "master_replid": self.history,
@@ -118,17 +118,17 @@ class Sighting:
 
     @property
     def run_id(self) -> str | None:
-        """The run_ids, joined by commas; None if one isn't told."""
+        """The run_ids, joined by commas; None if one isn't known."""
         found = [primary.run_id for primary in self.primaries]
-        told = [each for each in found if each is not None]
-        return ",".join(sorted(told)) if len(told) == len(found) else None
+        known = [each for each in found if each is not None]
+        return ",".join(sorted(known)) if len(known) == len(found) else None
 
     @property
     def flushes(self) -> int | None:
         """Of all primaries; None if one doesn't tell."""
         found = [primary.flushes for primary in self.primaries]
-        told = [each for each in found if each is not None]
-        return sum(told) if len(told) == len(found) else None
+        known = [each for each in found if each is not None]
+        return sum(known) if len(known) == len(found) else None
 
     def ended(self, after: "Sighting") -> "Sighting":
         """The same moment for a run that has read until `after`.
@@ -229,7 +229,7 @@ class Doubt:
 @dataclass(frozen=True, slots=True)
 class Continuity:
     """What two sightings prove. Without `doubt` Redis wasn't empty in between; `is_unbroken`: it
-    was also never started anew."""
+    was also never restarted."""
 
     doubt: Doubt | None = None
     is_unbroken: bool = False
@@ -351,10 +351,10 @@ def _was_heard(then: Primary, now: Primary, moment: int | None) -> bool:
     if now.heard_since is None or moment is None or now.heard_since > moment:
         return False
     ids = ((then.run_id, now.run_id), (then.history, now.history))
-    told = [pair for pair in ids if None not in pair]
-    if any(old != new for old, new in told):
+    known = [pair for pair in ids if None not in pair]
+    if any(old != new for old, new in known):
         return False
-    return len(told) == len(ids) or then.address == now.address
+    return len(known) == len(ids) or then.address == now.address
 
 
 def starts_alike(then: Primary, now: Primary) -> bool | None:

@@ -2,7 +2,7 @@
 
 CLIENT TRACKING on a prefix that nobody's keys have tells of FLUSHALL and FLUSHDB, whatever the
 database, and of a replica that is loaded from its primary as a whole; it costs the server nothing
-for each write. So does a daemon know even where INFO says little. SWAPDB isn't told.
+for each write. So does a daemon know even where INFO says little. Nobody hears of SWAPDB.
 
 https://redis.io/docs/latest/develop/reference/client-side-caching/
 """
@@ -149,7 +149,7 @@ class Ear:
     def _hear(self, listening: _Listening, why: str) -> None:
         if not listening.is_broken:
             listening.is_broken = True
-            log.info("Redis is listened to anew", address=str(listening.node.address), reason=why)
+            log.info("Redis is listened to again", address=str(listening.node.address), reason=why)
             self._on_break()
 
     async def heard_since(self, address: Address, primary: Primary) -> int | None:

@@ -72,7 +72,7 @@ class Remembered:
     def refuses(self, now: Sighting | None) -> bool:
         """Whether a refusal stands on the Redis that is seen `now`, None: it doesn't answer.
 
-        It doesn't on the one of the last success, never started anew, if it was met on another.
+        It doesn't on the one of the last success, never restarted, if it was met on another.
         """
         if self.refusal is None:
             return False

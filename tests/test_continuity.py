@@ -441,7 +441,7 @@ async def test_check_and_health_say_what_a_service_does_not_tell(
         said = (await health(*servers))["checks"]["guard"]
         assert said["status"] == ("ok" if max_loss < 1 else "degraded")
         assert "its INFO lacks commandstats" in said["detail"]
-        # Whoever may be told has an ear to hear with.
+        # A user that may use CLIENT TRACKING has an ear.
         front.refused.clear()
         [finding] = [each async for each in check(*servers) if each.topic == "guard"]
         assert (finding.level, "a daemon hears it" in finding.text) == ("ok", True)

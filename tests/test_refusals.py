@@ -107,7 +107,7 @@ async def test_a_refusal_that_stands_here_is_never_replaced_by_another(
     assert "6 of 10 known keys are gone" in await refused(here)
     await refused(wrong)
     assert "6 of 10" in await pg.fetchval("SELECT refusal FROM balancesync.baselines")
-    # The keys are made anew: it still stands.
+    # The keys are made again: it still stands.
     await fill(redis, 0)
     assert "10 of 10 known keys came back changed, and the refusal stands" in await refused(here)
     await refused(wrong)
