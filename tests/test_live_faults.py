@@ -13,7 +13,7 @@ from following import KEYS, OWN, Start, kill_tracking, rows, until, until_balanc
 from redis import Redis as BlockingRedis
 from redis.asyncio import Redis
 
-from balancesync import live
+from balancesync import live, tracking
 from balancesync.database import lock_key
 from balancesync.embedded import RedisServer
 from balancesync.errors import RedisUnavailable, SourceChanged
@@ -280,8 +280,10 @@ async def test_a_lead_that_is_lost_and_regained_in_one_turn_is_a_gap(
 
 
 async def test_a_change_that_is_pending_when_the_daemon_ends_is_brought_over(
-    start: Start, redis: Redis, pg: asyncpg.Connection
+    start: Start, redis: Redis, pg: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # What Redis tells is read late: it has to be waited for.
+    monkeypatch.setattr(tracking, "_REST_S", 0.5)
     daemon = await start(live={**LONG, "flush_interval": 5})
     # The first one goes at once, and from then on the interval holds the next one back.
     await redis.set("balance:1", "2")
