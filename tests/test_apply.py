@@ -218,7 +218,7 @@ async def test_what_was_read_before_the_reading_broke_off_is_forgotten(
 ) -> None:
     """A big hash that turns out to be something else in mid-read is read from the beginning."""
     writer = await writing(Writer)
-    await staged(engine(), {b"balance:1": b"7", b"balance:5": b"5", b"balance:6": b"x"}, writer)
+    await staged(engine(), {b"balance:1": b"7", b"balance:5": b"5"}, writer)
     await writer.clear()
     await staged(engine(), {b"balance:1": b"1", b"balance:8": b"8"}, writer)
     found: Diff = await writer.diff()
