@@ -270,6 +270,13 @@ async def _check_schema(
         yield Finding("error", "postgres", text)
         return
     yield Finding("ok", "postgres", f"schema {schema} is up to date")
+    async for finding in _check_refusals(config, database, connection, seen):
+        yield finding
+
+
+async def _check_refusals(
+    config: Config, database: Database, connection: Connection, seen: Sighting | None
+) -> AsyncIterator[Finding]:
     with database.translated():
         known = await Records(database).remembered(connection)
     here, others = split_refusals(config, known, seen)
