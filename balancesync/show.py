@@ -217,6 +217,8 @@ def show_run(run: Document) -> None:
     write(head)
     if run["mappings"]:
         write(_counts_table(run))
+    if moving := run.get("moving"):
+        write(f"{moving:,} {'key' if moving == 1 else 'keys'} changed at every look")
     for report in run.get("report", ()):
         _show_report(report, run["mappings"][report["mapping"]], run["mode"])
     for warning in run["warnings"]:
