@@ -204,6 +204,19 @@ async def test_a_hot_key_is_no_drift_while_live_mode_brings_it_over(
     assert "Redis and PostgreSQL agree" in capsys.readouterr().out
 
 
+async def test_a_verify_has_what_is_pending_brought_over_before_it_looks_again(
+    postgres_dsn: str, redis_url: str, redis: Redis
+) -> None:
+    config = daemon_config(postgres_dsn, redis_url, live=LIVE | {"flush_interval": 10.0})
+    await redis.mset({f"balance:{n}": "1" for n in range(100)})
+    async with Inside(config) as daemon:
+        await daemon.log.next("live", state="up")
+        await redis.set("balance:7", "8")
+        ticket, _ = daemon.runner.submit(Request("verify", "http", mode="verify"))
+        run = await ticket.done
+        assert (run.status, run.drift, run.warnings) == ("succeeded", 0, [])
+
+
 async def test_a_row_that_stays_behind_is_drift_in_live_mode_too(
     postgres_dsn: str, redis_url: str, redis: Redis, pg: asyncpg.Connection
 ) -> None:
