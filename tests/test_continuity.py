@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from dataclasses import replace
 from decimal import Decimal
 from typing import Any
 
@@ -14,7 +13,6 @@ from redis.asyncio import Redis
 from service import Service
 
 from balancesync.check import check
-from balancesync.continuity import Doubt, Primary, Sighting, judge_continuity
 from balancesync.embedded import RedisServer
 from balancesync.errors import Refused
 from balancesync.overview import health
@@ -450,86 +448,3 @@ async def test_check_and_health_say_what_a_service_does_not_tell(
         assert finding.text == "Redis tells whether it was emptied since the last success"
         assert (await health(*servers))["checks"]["guard"]["status"] == "ok"
         await made.close()
-
-
-# --- the pure rule --------------------------------------------------------------------------------
-
-
-def primary(number: int, **fields: Any) -> Primary:
-    said: dict[str, Any] = {
-        "run_id": f"r{number}",
-        "started": 1000.0,
-        "clocked": True,
-        "uptime_s": 500,
-        "history": f"h{number}",
-        "offset": 100,
-        "flushes": 0,
-        "swaps": 0,
-        "reset": "",
-        "counters": (5,),
-        "all_keys": 100,
-    }
-    return Primary(f"host:{number}", 0, 100, **(said | fields))
-
-
-def seen(*primaries: Primary, at: float = 0.0) -> Sighting:
-    return Sighting(primaries, moment=7, at=at)
-
-
-def doubt(before: Sighting, now: Sighting) -> Doubt | None:
-    return judge_continuity(before, now, 0.5).doubt
-
-
-def test_primaries_that_join_are_trusted_and_those_that_leave_must_have_been_empty() -> None:
-    one, two, three = map(primary, range(3))
-    assert doubt(seen(one, two), seen(three, two, one)) is None
-    assert doubt(seen(one, replace(two, keys=0)), seen(one, three)) is None
-    left = doubt(seen(one, two), seen(one, three))
-    assert left is not None
-    assert (left.kind, left.keys, left.is_partial) == ("gone", 100, True)
-    emptied = doubt(seen(one, two), seen(three, one, replace(two, flushes=1)))
-    assert emptied is not None
-    assert (emptied.kind, emptied.keys, emptied.is_partial) == ("flushed", 100, True)
-
-
-@pytest.mark.parametrize(
-    ("then", "now", "kind"),
-    [
-        ({}, {}, None),
-        ({}, {"flushes": 1}, "flushed"),
-        ({"flushes": 3}, {"flushes": 3}, None),
-        ({"flushes": 3}, {"flushes": 2}, "reset"),
-        ({}, {"reset": "calls=1,usec=9"}, "reset"),
-        ({"reset": "calls=1,usec=9"}, {"reset": "calls=1,usec=9"}, None),
-        ({"reset": "calls=1,usec=9"}, {"reset": "calls=1,usec=8"}, "reset"),
-        ({}, {"counters": (4,)}, "reset"),
-        ({}, {"swaps": 1}, "swapped"),
-        ({"flushes": None}, {"flushes": None}, "untold"),
-        ({"history": None}, {"history": None}, "untold"),
-        ({"started": None}, {"started": None}, "untold"),
-        ({"run_id": None}, {"run_id": None}, None),
-        ({"run_id": None}, {"run_id": None, "started": 1001.0, "history": "x"}, "restarted"),
-        ({}, {"started": 1001.0, "history": "x"}, "restarted"),
-        ({}, {"run_id": "x", "started": 1001.0, "history": "x", "loaded": 49}, "restarted"),
-        ({}, {"run_id": "x", "started": 1001.0, "history": "x", "loaded": 50}, None),
-        ({}, {"run_id": "x", "history": "x", "loaded": 100, "flushes": 1}, "flushed"),
-        ({}, {"run_id": "x", "history": "x", "created": 50}, None),
-        ({}, {"run_id": "x", "history": "x", "created": 51}, "restarted"),
-        ({}, {"history": "x"}, "replaced"),
-        ({}, {"run_id": "x", "history": "x", "past": "h1", "past_offset": 101}, None),
-        ({}, {"run_id": "x", "history": "x", "past": "h1", "past_offset": 100}, "went_back"),
-        ({}, {"run_id": "x", "history": "x", "past": "h1", "past_offset": 101, "flushes": 1},
-         "flushed"),
-        ({}, {"run_id": "x", "history": "x", "past": "h1", "past_offset": 101, "uptime_s": 5},
-         "restarted"),
-        ({"flushes": None}, {"flushes": None, "heard_since": 7}, None),
-        ({"flushes": None}, {"flushes": None, "heard_since": 8}, "untold"),
-        ({}, {"swaps": 1, "heard_since": 7}, "swapped"),
-        ({}, {"run_id": "x", "heard_since": 7}, "restarted"),
-    ],
-)  # fmt: skip
-def test_what_proves_that_a_primary_was_not_emptied(
-    then: dict[str, Any], now: dict[str, Any], kind: str | None
-) -> None:
-    found = doubt(seen(primary(1, **then)), seen(primary(1, **now), at=300.0))
-    assert (found and found.kind) == kind
