@@ -300,14 +300,17 @@ async def test_a_failover_by_sentinel(private_redis: Callable[..., RedisServer])
             wait_until(lambda: control.sentinel_get_master_addr_by_name("shop")[1] == replica.port)
             assert clients[0].info()["role"] == "master"
 
-        async with watched_by(sentinel) as source:
+        async with watched_by(sentinel) as source, watched_by(sentinel) as other:
             assert len(await read(source, BALANCES)) == 5_000
+            assert await other.exists(BALANCES, [b"balance:1"]) == [True]
             first = await source.identity()
             # The old primary doesn't know yet that it's none any more.
             with pytest.raises(SourceChanged, match="have replaced Redis at"):
                 await interrupted(source, fail_over)
             with pytest.raises(SourceChanged, match="have replaced Redis at"):
                 await source.fetch(BALANCES, [b"balance:1"])
+            with pytest.raises(SourceChanged, match="have replaced Redis at"):
+                await other.exists(BALANCES, [b"balance:1"])
             second = await source.identity()
             assert second.run_id == clients[1].info()["run_id"] != first.run_id
             assert len(await read(source, BALANCES)) == 5_000
