@@ -84,7 +84,7 @@ def read_primary(
         swaps=_calls(stats, "swapdb") if counted else None,
         reset=_last_reset(info, stats) if counted else None,
         counters=tuple(int(info[name]) for name in _COUNTERS if info.get(name)),
-        all_keys=_all_keys(info),
+        all_keys=_all_keys(info, dbsize),
         loaded=_loaded(info),
         created=_most_created(stats) if counted else None,
         writes=sum(_calls(stats, name) for name in _SURE) if counted else None,
@@ -113,9 +113,11 @@ def _last_reset(info: dict[str, str], stats: dict[str, str]) -> str | None:
     return "" if tells or "cmdstat_config" not in stats else None
 
 
-def _all_keys(info: dict[str, str]) -> int | None:
-    # Of an empty server the section has no line at all, as of one that leaves it out.
+def _all_keys(info: dict[str, str], dbsize: int) -> int | None:
     found = [value for name, value in info.items() if name[:2] == "db" and name[2:].isdigit()]
+    # An empty server has no such line, nor has a service that leaves them out.
+    if dbsize and not found:
+        return None
     return sum(int(value.partition(",")[0].partition("=")[2]) for value in found)
 
 

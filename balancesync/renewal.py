@@ -81,9 +81,11 @@ def _with_losses(seen: Sighting, now: Sighting) -> Sighting:
     if len(seen.primaries) != len(now.primaries):
         return now
     primaries = tuple(
-        replace(
-            new, keys=max(old.keys, new.keys), all_keys=max(old.all_keys or 0, new.all_keys or 0)
-        )
+        replace(new, keys=max(old.keys, new.keys), all_keys=_most(old.all_keys, new.all_keys))
         for old, new in zip(seen.primaries, now.primaries, strict=True)
     )
     return replace(now, primaries=primaries)
+
+
+def _most(old: int | None, new: int | None) -> int | None:
+    return None if old is None or new is None else max(old, new)

@@ -157,6 +157,7 @@ LACKING: dict[str, dict[str, Any]] = {
     "no run_id": {"hidden": ["run_id"]},
     "no replication id": {"hidden": ["master_replid", "master_replid2"]},
     "no count of keys loaded": {"hidden": ["rdb_last_load_keys_loaded"]},
+    "no count of keys by database": {"sections": ["keyspace"]},
     "a run_id that never changes": {"fixed": {"run_id": "0" * 40}},
     "next to nothing": {
         "sections": ["commandstats", "persistence", "stats"],

@@ -180,5 +180,32 @@ async def test_two_failovers_between_two_runs_are_followed_one_by_one(
         await client.aclose()
 
 
+async def test_what_is_not_known_of_a_start_stays_unknown_at_the_next(
+    private_redis: PrivateRedis, postgres_dsn: str, pg: asyncpg.Connection
+) -> None:
+    server = private_redis()
+    # INFO has no count of all keys; CLIENT TRACKING is refused.
+    front = Service(server.port, sections={"keyspace"}, refused={"CLIENT TRACKING"})
+    async with front, Inside(daemon_config(postgres_dsn, front.url)) as daemon:
+        await daemon.leads()
+        async with Redis.from_url(server.url) as client:
+            await fill(client, 50)
+            await client.save()
+            assert (await daemon.api.sync())["status"] == "succeeded"
+        server.kill()
+        server.start()
+        async with Redis.from_url(server.url) as client:
+            # No command has made a key since, and so all that are there came with the start.
+            await follows(pg, client)
+            await client.flushall()
+            await client.save()
+        server.kill()
+        server.start()
+        async with Redis.from_url(server.url) as client:
+            await fill(client, 0)
+        assert (await daemon.api.sync())["status"] == "refused"
+    assert await pg.fetchval("SELECT sum(balance) FROM balances") == 50 * KEYS
+
+
 async def _is(pg: asyncpg.Connection, sql: str, value: object) -> bool:
     return bool(await pg.fetchval(sql) == value)
