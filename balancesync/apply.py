@@ -3,7 +3,8 @@
 import random
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
+from datetime import datetime
 from typing import Final
 
 import asyncpg
@@ -44,6 +45,25 @@ class Applied:
 
     def __add__(self, other: "Applied") -> "Applied":
         return Applied(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Applied)))
+
+
+@dataclass(frozen=True, slots=True)
+class Earlier:
+    """What earlier attempts of a run committed for a mapping, and the `moments` that they gave
+    the table's rows as their `synced_at`.
+    """
+
+    applied: Applied = field(default_factory=Applied)
+    moments: tuple[datetime, ...] = ()
+
+    @property
+    def stored(self) -> int:
+        """The rows that were inserted or updated."""
+        return self.applied.inserted + self.applied.updated
+
+    def plus(self, applied: Applied, *moments: datetime) -> "Earlier":
+        """The same and what one more attempt committed."""
+        return Earlier(self.applied + applied.written, self.moments + moments)
 
 
 @dataclass(slots=True)

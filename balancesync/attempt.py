@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 
-from balancesync.apply import Applied
+from balancesync.apply import Earlier
 from balancesync.config import Config, MappingConfig
 from balancesync.continuity import Sighting
 from balancesync.database import Database, Steps
@@ -39,7 +39,7 @@ class Work:
     on_alive: Callable[[], None]
     ending: asyncio.Future[RunFailed]
     settle: Callable[[], Awaitable[str | None]]
-    committed: dict[str, Applied] = field(default_factory=dict)
+    committed: dict[str, Earlier] = field(default_factory=dict)
 
 
 class Attempt(ABC):

@@ -20,7 +20,7 @@ import structlog
 
 from balancesync import table as tables
 from balancesync.absences import Absences
-from balancesync.apply import Applied, Applier
+from balancesync.apply import Applier
 from balancesync.config import Config
 from balancesync.database import Database, Steps
 from balancesync.errors import Gap, MappingFailed
@@ -333,7 +333,7 @@ class Flusher:
             said = f'mapping "{part.mapping.name}": {warning}'
             if said not in run.warnings and len(run.warnings) < _WARNINGS:
                 run.warnings.append(said)
-        return part.tally(part.applied, Applied(), complete=True)
+        return part.tally(part.applied)
 
     async def _rescan(
         self,

@@ -7,7 +7,7 @@ from typing import Final
 
 import structlog
 
-from balancesync.apply import Applied
+from balancesync.apply import Applied, Earlier
 from balancesync.config import GuardConfig
 from balancesync.continuity import Doubt
 from balancesync.mapping import Mapping
@@ -64,28 +64,41 @@ class Part:
             deleted=self.diff.deleted.rows,
         )
 
-    def tally(self, applied: Applied, earlier: Applied, *, complete: bool) -> Counts:
-        """The counts, given what is committed, by this attempt and by `earlier` ones.
+    def tally(self, applied: Applied) -> Counts:
+        """The counts of an attempt that did all it had to, given what it committed."""
+        return self.tally_again(applied, Earlier(), 0)
 
-        Those of an incomplete run need not add up.
+    def tally_again(self, applied: Applied, earlier: Earlier, standing: int | None) -> Counts:
+        """The same where `earlier` attempts of the run have committed something, too.
+
+        What they wrote is unchanged to this attempt, unless it writes it once more; either way the
+        row counts once, and as inserted if they inserted it. `standing` are those of the rows they
+        wrote that this attempt found as they should be; None where the table can't tell: then as
+        many as there can be.
         """
-        counts = replace(self.read)
+        counts = self.tally_partly(applied, earlier)
+        written = applied.inserted + applied.updated
+        rest = self.diff.stored - written - applied.rejected - counts.not_found
+        # Others may have moved rows since the diff.
+        before = max(min(earlier.stored, rest, rest if standing is None else standing), 0)
+        counts.inserted = min(counts.inserted, written + before)
+        counts.updated = written + before - counts.inserted
+        counts.unchanged = max(rest - before, 0)
+        counts.scanned = counts.seen
+        return counts
+
+    def tally_partly(self, applied: Applied, earlier: Earlier) -> Counts:
+        """The counts of an attempt that didn't get to its end: what it saw and what is committed.
+
+        They need not add up.
+        """
+        counts, total = replace(self.read), applied + earlier.applied
+        counts.rejected = self.diff.rejected + applied.rejected
+        counts.inserted, counts.updated = total.inserted, total.updated
+        counts.deleted = total.deleted
+        counts.absent = self.diff.absent + earlier.applied.deleted
         inserts = self.mapping.config.mode == "upsert"
-        total = applied + earlier
-        counts.rejected = self.diff.rejected + total.rejected
-        counts.inserted, counts.updated, counts.deleted = (
-            total.inserted,
-            total.updated,
-            total.deleted,
-        )
-        counts.absent = self.diff.absent + earlier.deleted
-        counts.not_found = total.not_found + (0 if inserts else self.diff.inserted.rows)
-        accounted = counts.inserted + counts.updated + counts.not_found + total.rejected
-        if complete:
-            # What an earlier attempt committed is unchanged to this one: it counts once.
-            counts.updated = max(counts.updated - max(accounted - self.diff.stored, 0), 0)
-            counts.unchanged = max(self.diff.stored - accounted, 0)
-            counts.scanned = counts.seen
+        counts.not_found = applied.not_found + (0 if inserts else self.diff.inserted.rows)
         return counts
 
     async def judge(

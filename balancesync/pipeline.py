@@ -13,14 +13,14 @@ from typing import Final
 import structlog
 
 from balancesync import table as tables
-from balancesync.apply import Applied, Applier
+from balancesync.apply import Applier, Earlier
 from balancesync.attempt import Attempt, Work
 from balancesync.continuity import Sighting
 from balancesync.drift import Comparison, Found
 from balancesync.errors import MappingFailed, Refused, RunFailed, Shrunk, TargetMismatch
 from balancesync.history import History
 from balancesync.mapping import Mapping
-from balancesync.model import WOULD_BE_REFUSED, Refusal, Stamp, exceeds
+from balancesync.model import WOULD_BE_REFUSED, Counts, Refusal, Stamp, exceeds
 from balancesync.nodes import Identity
 from balancesync.part import Part, Progress, RejectLog, reading_of, scan
 from balancesync.records import Remembered, elsewhere
@@ -92,17 +92,24 @@ class Pipeline(Attempt):
 
     async def _write(self, session: Session, parts: Sequence[Part]) -> None:
         await self._judge(session, parts)
-        complete = False
         try:
             for part in parts:
                 await self._apply(session, part)
-            complete = True
+            await session.use_any_plan()
+            counts = {part.mapping.name: await self._counts(part) for part in parts}
+        except BaseException:
+            self._tally_partly(parts)
+            raise
         finally:
-            self._tally(parts, complete=complete)
             for part in parts:
                 name = part.mapping.name
-                self._committed[name] = self._earlier(name) + part.applied.written
-        await session.use_any_plan()
+                self._committed[name] = self._earlier(name).plus(part.applied, self._at)
+        self._run.mappings.update(counts)
+
+    async def _counts(self, part: Part) -> Counts:
+        earlier = self._earlier(part.mapping.name)
+        standing = await part.writer.count_standing(earlier.moments) if earlier.stored else 0
+        return part.tally_again(part.applied, earlier, standing)
 
     async def _is_recent(self, session: Session) -> bool:
         interval = self._config.schedule.min_interval
@@ -177,7 +184,7 @@ class Pipeline(Attempt):
             for sentence in sentences:
                 self._warn(f"{said}: {sentence}")
         elif refusals:
-            self._tally(parts, complete=False)
+            self._tally_partly(parts)
             for refusal in refusals:
                 if refusal.kind == "loss":
                     await self._save_refusal(session, refusal, known, now)
@@ -323,7 +330,7 @@ class Pipeline(Attempt):
                         " as unchanged, see docs/guarantees.md"
                     )
             else:
-                self._run.mappings[name] = part.tally(part.would_apply, Applied(), complete=True)
+                self._run.mappings[name] = part.tally(part.would_apply)
             report = await describe(writer)
             self.reports.append(replace(report, moving=moving))
 
@@ -336,7 +343,7 @@ class Pipeline(Attempt):
         found = await comparison.run()
         part.diff.stored += found.back
         part.diff.absent -= found.back
-        counts = part.tally(found.drift, Applied(), complete=True)
+        counts = part.tally(found.drift)
         # To the first look all of these were keys that are there.
         counts.unchanged -= found.vanished + found.moving
         counts.vanished += found.vanished
@@ -350,12 +357,11 @@ class Pipeline(Attempt):
         if why := await self._settle():
             self._warn(f"{why}: what it has yet to bring over counts as drift")
 
-    def _tally(self, parts: Sequence[Part], *, complete: bool) -> None:
+    def _tally_partly(self, parts: Sequence[Part]) -> None:
         for part in parts:
             name = part.mapping.name
-            counts = part.tally(part.applied, self._earlier(name), complete=complete)
-            self._run.mappings[name] = counts
+            self._run.mappings[name] = part.tally_partly(part.applied, self._earlier(name))
 
-    def _earlier(self, mapping: str) -> Applied:
+    def _earlier(self, mapping: str) -> Earlier:
         """What earlier attempts of this run have committed."""
-        return self._committed.get(mapping, Applied())
+        return self._committed.get(mapping, Earlier())

@@ -15,7 +15,7 @@ from decimal import Decimal
 from functools import cached_property
 from typing import Final, cast
 
-from balancesync.apply import Applied
+from balancesync.apply import Applied, Earlier
 from balancesync.backward import Backward, require_synced_at
 from balancesync.config import MappingConfig
 from balancesync.database import quote
@@ -169,9 +169,10 @@ class Prune(Backward):
     def _tally(self, part: Part) -> None:
         """What an earlier attempt has taken out is absent to this one: it counts once."""
         name, counts = part.mapping.name, replace(part.counts)
-        earlier = self._committed.get(name, Applied())
-        self._committed[name] = earlier + Applied(deleted=counts.deleted)
-        again = min(earlier.deleted, counts.absent)
+        earlier = self._committed.get(name, Earlier())
+        now = Applied(deleted=counts.deleted)
+        self._committed[name] = earlier.plus(now)
+        again = min(earlier.applied.deleted, counts.absent)
         counts.deleted += again
         counts.absent -= again
         self._run.mappings[name] = counts

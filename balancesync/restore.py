@@ -11,7 +11,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Final, cast
 
-from balancesync.apply import Applied
+from balancesync.apply import Applied, Earlier
 from balancesync.backward import Backward, require_synced_at
 from balancesync.config import MappingConfig
 from balancesync.continuity import Sighting, judge_continuity
@@ -158,11 +158,11 @@ class Restore(Backward):
     def _tally(self, part: Part) -> None:
         """What an earlier attempt has written is unchanged to this one: it counts once."""
         name, counts = part.mapping.name, replace(part.counts)
-        earlier = self._committed.get(name, Applied())
+        earlier = self._committed.get(name, Earlier())
         now = Applied(inserted=counts.inserted, updated=counts.updated)
-        self._committed[name] = earlier + now
-        inserted = min(earlier.inserted, counts.unchanged)
-        updated = min(earlier.updated, counts.unchanged - inserted)
+        self._committed[name] = earlier.plus(now)
+        inserted = min(earlier.applied.inserted, counts.unchanged)
+        updated = min(earlier.applied.updated, counts.unchanged - inserted)
         counts.inserted += inserted
         counts.updated += updated
         counts.unchanged -= inserted + updated

@@ -284,6 +284,14 @@ class Writer:
             return 0
         return await self._count(self._sql["count_written_lost"], since)
 
+    async def count_standing(self, moments: Sequence[datetime]) -> int | None:
+        """How many rows written at these moments this attempt found as they should be; None where
+        `synced_at` can't be read.
+        """
+        if not self._tells_times:
+            return None
+        return await self._count(self._sql["count_standing"], list(moments))
+
     @property
     def _tells_times(self) -> bool:
         column = self.table.columns.get(self.mapping.config.synced_at)

@@ -11,6 +11,7 @@ from redis.asyncio import Redis
 from balancesync.errors import ConfigError, RunFailed, SourceChanged, TargetMismatch
 from balancesync.model import Counts, Run
 from balancesync.part import Progress
+from balancesync.source import Source
 from balancesync.target import Writer
 
 MakeEngine = Callable[..., Engine]
@@ -274,6 +275,116 @@ async def test_second_attempt_counts_what_the_first_committed(
     assert await pg.fetchval("SELECT (present, absent)::text FROM balancesync.baselines") == (
         "(100,0)"
     )
+
+
+class Broken(Source):
+    """A Redis in which `between` happens after the first attempt, before the second one reads."""
+
+    between: Callable[[], Any]
+    attempts = 0
+
+    async def listen(self) -> None:
+        self.attempts += 1
+        if self.attempts == 2:
+            await self.between()
+        await super().listen()
+
+
+def break_off(sync: Engine, done: int, between: Callable[[], Any]) -> None:
+    """Have the first attempt end behind `done` committed rows."""
+    source = cast(Broken, sync.source)
+    source.attempts, source.between = 0, between
+
+    def cut(progress: Progress) -> None:
+        if progress.phase == "apply" and progress.done >= done and source.attempts == 1:
+            raise SourceChanged
+
+    sync.on_progress = cut
+
+
+SYNCED_AT = {
+    "with a zone": "synced_at timestamptz",
+    "without a zone": "synced_at timestamp",
+}
+
+
+@pytest.mark.parametrize("column", SYNCED_AT.values(), ids=SYNCED_AT)
+@pytest.mark.parametrize("keep", [False, True], ids=["", "history"])
+async def test_what_becomes_of_a_row_in_two_attempts_counts_once(
+    engine: MakeEngine, redis: Redis, pg: asyncpg.Connection, column: str, keep: bool
+) -> None:
+    """Each thing that can happen to a row that an earlier attempt wrote, beside rows that stay."""
+    await pg.execute(
+        f"CREATE TABLE balances (user_id bigint PRIMARY KEY, balance numeric(20,2), {column},"
+        " CHECK (balance < 1000))"
+    )
+    sync = engine(
+        {"on_absent": "delete"},
+        postgres={"apply_batch": 8},
+        retry={"attempts": 2, "initial": 0.1},
+        history={"enabled": keep},
+        source=Broken,
+    )
+    await redis.mset({f"balance:{number}": "1" for number in range(100)})
+    await sync.good()
+    await redis.mset({f"balance:{number}": "2" for number in range(12)})
+
+    async def between() -> None:
+        # Of the eight that were updated: written again, as before, bad, refused, and gone.
+        await redis.mset({"balance:0": "3", "balance:1": "3", "balance:2": "1"})
+        await redis.mset({"balance:4": "x", "balance:5": "2000"})
+        await redis.delete("balance:6")
+
+    break_off(sync, 8, between)
+    run = await sync.good()
+    assert run.attempts == 2
+    assert nonzero(run.counts) == {
+        "updated": 9,
+        "rejected": 2,
+        "unchanged": 88,
+        "absent": 1,
+        "deleted": 1,
+    }
+    assert run.counts.scanned == 99
+
+
+async def test_a_row_that_one_attempt_inserts_and_the_next_updates_is_inserted(
+    engine: MakeEngine, redis: Redis
+) -> None:
+    sync = engine(postgres={"apply_batch": 4}, retry={"attempts": 2, "initial": 0.1}, source=Broken)
+    await redis.mset({f"balance:{number}": "1" for number in range(10, 20)})
+    await sync.good()
+    await redis.mset({f"balance:{number}": "2" for number in range(8)})
+    break_off(sync, 4, lambda: redis.mset({"balance:0": "3", "balance:12": "4"}))
+    run = await sync.good()
+    assert run.attempts == 2
+    assert nonzero(run.counts) == {"inserted": 8, "updated": 1, "unchanged": 9}
+
+
+async def test_rows_updated_twice_in_update_mode_count_once(
+    engine: MakeEngine, redis: Redis, pg: asyncpg.Connection
+) -> None:
+    await pg.execute(
+        "CREATE TABLE balances (user_id bigint PRIMARY KEY, balance numeric(20,2),"
+        " synced_at timestamptz); INSERT INTO balances SELECT n, 1 FROM generate_series(1, 20) AS n"
+    )
+    sync = engine(
+        {"mode": "update"},
+        postgres={"apply_batch": 2},
+        retry={"attempts": 2, "initial": 0.1},
+        source=Broken,
+    )
+    await redis.mset({f"balance:{number}": "1" for number in range(1, 26)})
+    await redis.mset({f"balance:{number}": "2" for number in range(1, 7)})
+
+    async def between() -> None:
+        await redis.mset({"balance:1": "3"})
+        await pg.execute("DELETE FROM balances WHERE user_id = 2")
+
+    break_off(sync, 2, between)
+    run = await sync.good()
+    assert run.attempts == 2
+    assert nonzero(run.counts) == {"updated": 5, "unchanged": 14, "not_found": 6}
 
 
 async def test_attempts_that_all_fail(engine: MakeEngine, redis: Redis) -> None:

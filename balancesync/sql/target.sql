@@ -45,6 +45,12 @@ SELECT count(*) FROM {target} AS t WHERE {t_synced_at} > $1 AND {keys_not_null};
 SELECT count(*) FROM {target} AS t WHERE {t_synced_at} > $1 AND {keys_not_null}
     AND NOT EXISTS (SELECT FROM {staging} AS s WHERE {same_key});
 
+-- name: count_standing
+-- Rows written at the moments $1, by earlier attempts, that hold what was read and aren't in the diff.
+SELECT count(*) FROM {staging} AS s JOIN {target} AS t ON {same_key}
+WHERE s.rejected IS NULL AND {t_synced_at} = ANY($1::timestamptz[])
+    AND NOT EXISTS (SELECT FROM {diff} AS f WHERE f.op = 'u' AND {same_in_first});
+
 -- name: staged_keys
 SELECT {key_texts} FROM {staging} LIMIT $1;
 
