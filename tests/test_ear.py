@@ -207,5 +207,33 @@ async def test_what_is_not_known_of_a_start_stays_unknown_at_the_next(
     assert await pg.fetchval("SELECT sum(balance) FROM balances") == 50 * KEYS
 
 
+async def test_what_one_start_has_cost_counts_at_the_next(
+    private_redis: PrivateRedis, postgres_dsn: str, pg: asyncpg.Connection
+) -> None:
+    server = private_redis()
+    front = Service(server.port, refused={"CLIENT TRACKING"})
+    async with front, Inside(daemon_config(postgres_dsn, front.url)) as daemon:
+        await daemon.leads()
+        async with Redis.from_url(server.url) as client:
+            await fill(client, 50)
+            assert (await daemon.api.sync())["status"] == "succeeded"
+        # Each start comes with more than half of what the one before had, and the two don't.
+        for rest in (12, 7):
+            async with Redis.from_url(server.url) as client:
+                await client.delete(*[f"balance:{each}" for each in range(rest, KEYS)])
+                await client.save()
+            server.kill()
+            server.start()
+            if rest == 12:
+                async with Redis.from_url(server.url) as client:
+                    await follows(pg, client)
+        async with Redis.from_url(server.url) as client:
+            for each in range(7, KEYS):
+                await client.set(f"balance:{each}", "0")
+        run = await daemon.api.sync()
+        assert (run["status"], "with 7 keys: 13 of 20" in run["error"]) == ("refused", True)
+    assert await pg.fetchval("SELECT sum(balance) FROM balances") == 50 * KEYS
+
+
 async def _is(pg: asyncpg.Connection, sql: str, value: object) -> bool:
     return bool(await pg.fetchval(sql) == value)

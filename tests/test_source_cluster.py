@@ -240,6 +240,22 @@ async def test_a_lost_node_breaks_a_scan_and_the_next() -> None:
             assert (await source.identity()).dbsize == len(await read(source, BALANCES)) > 3_000
 
 
+@pytest.mark.parametrize("missing", [0, 9_000, 16_383])
+async def test_a_cluster_that_lacks_one_slot_is_not_read(
+    private_redis: Callable[..., RedisServer], missing: int
+) -> None:
+    server = private_redis({"cluster-enabled": "yes", "cluster-require-full-coverage": "no"})
+    with blocking.Redis(port=server.port) as client:
+        slots = [slot for slot in range(16_384) if slot != missing]
+        client.execute_command("CLUSTER ADDSLOTS", *slots)
+        wait_until(lambda: client.cluster("INFO")["cluster_state"] == "ok")
+        async with source_of(server) as source:
+            with pytest.raises(RedisUnavailable, match=r"serves only 16,383 of its 16,384 slots"):
+                await read(source, BALANCES)
+            client.execute_command("CLUSTER ADDSLOTS", missing)
+            assert await read(source, BALANCES) == {}
+
+
 async def test_any_node_that_was_met_can_tell_of_the_cluster(cluster: Cluster) -> None:
     address, access = parse(cluster.servers[1].url, timeout=5, clustered=True)
     layout = await ask_cluster([Address("127.0.0.1", 1), address], access)
