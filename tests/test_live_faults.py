@@ -13,7 +13,7 @@ from following import KEYS, OWN, Start, kill_tracking, rows, until, until_balanc
 from redis import Redis as BlockingRedis
 from redis.asyncio import Redis
 
-from balancesync import live, tracking
+from balancesync import flush, live, tracking
 from balancesync.database import lock_key
 from balancesync.embedded import RedisServer
 from balancesync.errors import RedisUnavailable, SourceChanged
@@ -186,6 +186,34 @@ async def test_what_a_flushall_took_after_it_was_read_is_not_written(
     await daemon.log.next("live", state="catching up", reason=lambda text: "FLUSHALL" in text)
     await daemon.finished(status="refused")
     assert set((await rows(pg)).values()) == {Decimal("1.50")}
+
+
+async def test_a_big_hash_made_again_at_once_after_a_flushall_is_not_followed(
+    start: Start,
+    redis: Redis,
+    client: Any,
+    pg: asyncpg.Connection,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    await redis.hset("big", mapping={"1": "5", "2": "5"})
+    daemon = await start(BIG, live=LONG)
+    read, left = flush.scan, [1]
+
+    async def struck(*args: Any) -> None:
+        if left:
+            left.clear()
+            # It never has fewer fields: only what is told of the FLUSHALL tells zeros from changes.
+            with client.pipeline(transaction=True) as once:
+                once.flushall()
+                once.hset("big", mapping={"1": "0", "2": "0"})
+                once.execute()
+        await read(*args)
+
+    monkeypatch.setattr(flush, "scan", struck)
+    await redis.hset("big", "1", "6")
+    await daemon.log.next("live", state="catching up", reason=lambda text: "FLUSHALL" in text)
+    await daemon.finished(status="refused")
+    assert await pg.fetchval("SELECT DISTINCT balance FROM bigs") == Decimal(5)
 
 
 async def test_a_key_that_is_back_before_its_row_is_deleted_keeps_it(
