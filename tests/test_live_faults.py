@@ -19,7 +19,7 @@ from balancesync.embedded import RedisServer
 from balancesync.errors import RedisUnavailable, SourceChanged
 from balancesync.keyed import KeyedWriter
 from balancesync.mapping import Mapping
-from balancesync.part import reading_of
+from balancesync.part import reading_of, scan
 from balancesync.source import Source
 from balancesync.target import Diff
 
@@ -197,7 +197,7 @@ async def test_a_big_hash_made_again_at_once_after_a_flushall_is_not_followed(
 ) -> None:
     await redis.hset("big", mapping={"1": "5", "2": "5"})
     daemon = await start(BIG, live=LONG)
-    read, left = flush.scan, [1]
+    left = [1]
 
     async def struck(*args: Any) -> None:
         if left:
@@ -207,7 +207,7 @@ async def test_a_big_hash_made_again_at_once_after_a_flushall_is_not_followed(
                 once.flushall()
                 once.hset("big", mapping={"1": "0", "2": "0"})
                 once.execute()
-        await read(*args)
+        await scan(*args)
 
     monkeypatch.setattr(flush, "scan", struck)
     await redis.hset("big", "1", "6")
