@@ -10,6 +10,7 @@ import redis as blocking
 from engine import Engine, make_config
 from pydantic import SecretStr
 from redis.crc import key_slot
+from redis.exceptions import MovedError
 
 from balancesync.access import Address, parse
 from balancesync.config import RedisConfig
@@ -263,6 +264,42 @@ async def test_any_node_that_was_met_can_tell_of_the_cluster(cluster: Cluster) -
     assert [address.port for address in layout.addresses] == ports
     for key in (b"balance:1", b"balance:2", b"{balance:1}:2"):
         assert layout.owner(key).port == ports[cluster.owner(key)]
+
+
+async def test_an_empty_hash_tag_is_none(cluster: Cluster) -> None:
+    """A key of which nothing stands between the first braces belongs where the whole of it does:
+    https://redis.io/docs/latest/operate/oss_and_stack/reference/cluster-spec/#hash-tags
+    """
+    forms = ("balance:{}:%d", "balance:{}{%d}", "balance:{%d", "balance:%d}{", "balance:{{%d}}")
+    keys = [(form % number).encode() for form in forms for number in range(40)]
+    for key in keys:
+        # A node takes a key of its own slots alone, whatever redis-py and we think of that.
+        [owner] = [node for node in range(3) if takes(cluster, node, key)]
+        assert cluster.owner(key) == owner
+    async with source_of(cluster.servers[0]) as source:
+        batch = await source.fetch(BALANCES, keys)
+        assert dict(zip(batch.keys, batch.values, strict=True)) == dict.fromkeys(keys, b"1")
+        assert await read(source, BALANCES) == dict.fromkeys(keys, b"1")
+
+
+def takes(cluster: Cluster, node: int, key: bytes) -> bool:
+    try:
+        return cluster.call(node, "SET", key, "1") is True
+    except MovedError:
+        return False
+
+
+async def test_a_cluster_that_is_not_whole_is_not_read() -> None:
+    partly = {"cluster-require-full-coverage": "no", "cluster-node-timeout": "60000"}
+    with running_cluster(**partly) as cluster:
+        # The node itself serves the slot no more; the others haven't heard of that.
+        cluster.call(0, "CLUSTER DELSLOTS", 0)
+        async with source_of(cluster.servers[0]) as source:
+            with pytest.raises(RedisUnavailable, match=r"serves only 16,383 of its 16,384 slots"):
+                await read(source, BALANCES)
+        async with source_of(cluster.servers[1]) as source:
+            with pytest.raises(SourceChanged, match="doesn't agree on its slots yet"):
+                await read(source, BALANCES)
 
 
 async def test_the_wrong_setting_is_named(cluster: Cluster, redis_url: str) -> None:
