@@ -12,6 +12,8 @@ from redis.asyncio import Redis
 from running import Inside
 
 from balancesync import pending
+from balancesync.model import Request
+from balancesync.sync import Sync
 
 pytestmark = pytest.mark.usefixtures("quick", "filled")
 
@@ -177,6 +179,26 @@ async def test_rows_of_the_application_that_get_their_keys_are_known(
     assert "100 of 190 known keys are gone" in run["error"]
 
 
+async def test_rows_of_the_application_that_lose_their_new_keys_have_lost_them(
+    start: Start, redis: Redis, pg: asyncpg.Connection
+) -> None:
+    await pg.execute(
+        """CREATE TABLE users (telegram_id bigint PRIMARY KEY, balance bigint, sync_at timestamptz);
+           INSERT INTO users SELECT n FROM generate_series(1, 100) AS n"""
+    )
+    await redis.flushall()
+    await redis.config_resetstat()
+    await redis.mset({str(each): "7" for each in range(1, 11)})
+    daemon = await start(USERS, live=LONG)
+    await redis.mset({str(each): "7" for each in range(11, 101)})
+    written = "SELECT count(*) FROM users WHERE sync_at IS NOT NULL"
+    await until(lambda: pg.fetchval(written), 100)
+    # More rows have a key than at the last full run, and fewer than live mode has brought.
+    await redis.delete(*map(str, range(40, 100)))
+    run = await daemon.finished(status="refused")
+    assert "60 of 90 known keys are gone" in run["error"]
+
+
 async def test_what_another_process_has_found_is_what_counts_from_then_on(
     start: Start, redis: Redis, engine: Callable[..., Engine], pg: asyncpg.Connection
 ) -> None:
@@ -310,6 +332,27 @@ async def test_fields_that_live_mode_has_brought_are_known(
     run = await daemon.finished(status="refused")
     assert "101 of 200 known keys are gone" in run["error"]
     assert await pg.fetchval("SELECT count(*) FROM bigs") == 200
+
+
+async def test_fields_that_were_pruned_are_not_seen_to_be_lost(
+    start: Start, redis: Redis, engine: Callable[..., Engine], pg: asyncpg.Connection
+) -> None:
+    await redis.hset("big", mapping={str(each): "1.50" for each in range(KEYS)})
+    daemon = await start(BIG, live=LONG)
+    balance = "SELECT balance::text FROM bigs WHERE user_id = 19"
+    # It is looked at when it changes.
+    await redis.hset("big", "19", "2")
+    await until(lambda: pg.fetchval(balance), "2.00")
+    await pg.execute("UPDATE bigs SET synced_at = '2026-01-01' WHERE user_id < 15")
+    made = engine(BIG, prune={"enabled": True})
+    prune = Sync(made.config, made.database, made.source)
+    # What that flush has committed may be seen before it lets go of the lock.
+    run = await prune.run(Request("prune", "cli", idle_s=3600.0), wait_s=20)
+    assert (run.status, run.counts.deleted) == ("succeeded", 15)
+    await redis.hset("big", "19", "3")
+    await until(lambda: pg.fetchval(balance), "3.00")
+    assert daemon.daemon.state.live == "up"
+    assert len(daemon.log.all("live", state="catching up")) == 1
 
 
 async def test_the_probe_sees_a_big_hash_that_is_gone_beside_other_keys(
