@@ -7,11 +7,16 @@ from typing import Any
 import asyncpg
 import pytest
 from engine import Engine, make_config
+from pydantic import SecretStr
+from redis import Redis as BlockingRedis
 from redis.asyncio import Redis
 from running import Inside, daemon_config
 from service import Service
 
+from balancesync.config import RedisConfig
+from balancesync.ear import Ear
 from balancesync.embedded import RedisServer
+from balancesync.source import Source
 
 PrivateRedis = Callable[..., RedisServer]
 KEYS = 20
@@ -119,6 +124,43 @@ async def test_a_command_before_the_ear_was_open_is_not_covered_by_it(
         await fill(client, 10)
         assert (await daemon.api.sync())["status"] == "succeeded"
     await made.close()
+
+
+async def _moment() -> int:
+    return 7
+
+
+async def test_what_happened_before_the_question_is_heard_before_the_answer(redis_url: str) -> None:
+    async with Source(RedisConfig(url=SecretStr(redis_url))) as source:
+        (node,) = (await source.identity()).nodes
+        ear = Ear(source, _moment)
+        await ear.tend()
+        assert await ear.heard_since(node.address, node.primary) == 7
+        # Nothing that Redis tells can be read while this waits for its reply.
+        with BlockingRedis.from_url(redis_url) as client:
+            client.flushall()
+        assert await ear.heard_since(node.address, node.primary) is None
+        await ear.close()
+
+
+async def test_an_ear_on_one_server_proves_nothing_of_another_at_the_same_address(
+    private_redis: PrivateRedis,
+) -> None:
+    first, second = private_redis(), private_redis()
+    async with (
+        Service(first.port) as front,
+        Source(RedisConfig(url=SecretStr(front.url))) as source,
+    ):
+        (node,) = (await source.identity()).nodes
+        ear = Ear(source, _moment)
+        await ear.tend()
+        front.server_port = second.port
+        await source.close()
+        (other,) = (await source.identity()).nodes
+        assert other.address == node.address
+        assert await ear.heard_since(node.address, other.primary) is None
+        assert await ear.heard_since(node.address, node.primary) == 7
+        await ear.close()
 
 
 async def test_a_service_without_tracking_is_told_once(
