@@ -294,6 +294,13 @@ def _judge_older(schema: str, taken: int) -> Finding:
     return Finding("ok", "postgres", text)
 
 
+_LACKS_PLPGSQL: Final = (
+    "this role can't use the language plpgsql, by which a slice is written row by row where a rule,"
+    " a trigger or a constraint gets in its way: such a run fails; as an administrator CREATE"
+    " EXTENSION plpgsql, or GRANT USAGE ON LANGUAGE plpgsql, for the rules and triggers of"
+)
+
+
 async def _check_tables(
     config: Config, database: Database, connection: Connection, found: dict[str, Table]
 ) -> AsyncIterator[Finding]:
@@ -312,6 +319,8 @@ async def _check_tables(
                     yield Finding("warning", mapping.name, text + way)
                 for finding in _judge_hooks(mapping, table):
                     yield finding
+                if table.hooks and not await connection.fetchval(load_sql("overview")["plpgsql"]):
+                    yield Finding("warning", mapping.name, f"{_LACKS_PLPGSQL} {mapping.table}")
             else:
                 yield await _judge_missing(connection, mapping, config.postgres.schema)
         except BalanceSyncError as error:

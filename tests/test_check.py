@@ -342,6 +342,29 @@ async def test_triggers(config: Config, pg: asyncpg.Connection) -> None:
     assert "the table public.balances has triggers (tell)" in found[0]
 
 
+async def test_rules_without_the_language_that_sees_to_them(
+    config: Config, pg: asyncpg.Connection
+) -> None:
+    await pg.execute(
+        "CREATE TABLE balances (user_id bigint PRIMARY KEY, balance numeric(20,2) NOT NULL,"
+        " synced_at timestamptz); CREATE RULE ru AS ON INSERT TO balances DO INSTEAD NOTHING"
+    )
+    text = "can't use the language plpgsql"
+
+    async def said() -> list[str]:
+        return [
+            each for each in texts(await examine(config), "warning", "balances") if text in each
+        ]
+
+    assert await said() == []
+    await pg.execute("DROP EXTENSION plpgsql")
+    [lacks] = await said()
+    assert "CREATE EXTENSION plpgsql" in lacks
+    assert lacks.endswith("of public.balances")
+    await pg.execute("DROP RULE ru ON balances")
+    assert await said() == []
+
+
 async def test_a_role_without_rights(config: Config, pg: asyncpg.Connection) -> None:
     poor = await _as_role(pg, config)
     errors = texts(await examine(poor), "error")

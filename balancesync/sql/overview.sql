@@ -20,6 +20,9 @@ SELECT current_user AS role,
     current_setting('fsync') = 'on' AS fsync,
     current_setting('synchronous_commit') AS synchronous_commit;
 
+-- name: plpgsql
+SELECT EXISTS (SELECT FROM pg_language WHERE lanname = 'plpgsql' AND has_language_privilege(oid, 'USAGE'));
+
 -- name: own_tables
 SELECT c.relname AS name
 FROM pg_class AS c
