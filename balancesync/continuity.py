@@ -331,6 +331,9 @@ def _judge(
             return promoted
     if is_same_start is False:
         return _judge_restarted(then, now, max_loss)
+    # What is counted happened, also where nothing proves the rest.
+    if is_same_start and then.flushes is not None and (now.flushes or 0) > then.flushes:
+        return _flushed(then)
     if is_same_start and None not in (then.history, now.history):
         return _doubt(then, "replaced", f"Redis was a replica of another server {_SINCE}")
     return _blind(then, now)
@@ -338,6 +341,10 @@ def _judge(
 
 def _doubt(then: Primary, kind: DoubtKind, sentence: str, *, is_blind: bool = False) -> Continuity:
     return Continuity(Doubt(kind, sentence, then.keys, is_blind))
+
+
+def _flushed(then: Primary) -> Continuity:
+    return _doubt(then, "flushed", f"Redis was emptied by FLUSHALL or FLUSHDB {_SINCE}")
 
 
 def _blind(then: Primary, now: Primary) -> Continuity:
@@ -380,7 +387,7 @@ def _judge_statistics(then: Primary, now: Primary) -> Continuity:
         sentence = f"Redis before 7 doesn't tell whether it was emptied {_SINCE}: its statistics"
         return _doubt(then, "untold", f"{sentence} may have been reset", is_blind=True)
     if now.flushes > then.flushes:
-        return _doubt(then, "flushed", f"Redis was emptied by FLUSHALL or FLUSHDB {_SINCE}")
+        return _flushed(then)
     fell = len(then.counters) != len(now.counters) or any(
         new < old for old, new in zip(then.counters, now.counters, strict=False)
     )

@@ -202,6 +202,7 @@ class Restore(Backward):
     async def _prove_whole(self, parts: Sequence[Part]) -> None:
         """Read all again, where Redis doesn't tell whether it was emptied; raises SourceChanged."""
         lost = put = kept = 0
+        firsts: list[tuple[Part, Wanted, int]] = []
         for part in parts:
             counts, again = part.counts, Part(part.mapping, part.rows)
             put += counts.inserted + counts.updated + counts.unchanged
@@ -210,13 +211,27 @@ class Restore(Backward):
             async with aclosing(part.rows.pages()) as pages:
                 async for page in pages:
                     wanted = again.want(page)
-                    batch = await self._source.fetch(part.reading, wanted.keys)
-                    found = self._compare(again, wanted, batch.values)
-                    lost += len(found.missing) + len(found.kept) + len(found.differing)
+                    differing = await self._count_differing(again, wanted)
+                    if not firsts or firsts[-1][0] is not again:
+                        firsts.append((again, wanted, differing))
+                    lost += differing
                     progress.done = again.counts.scanned
                     self._on_progress(progress)
         # Those that were left as they are differ still.
         lost -= min(lost, kept)
+        self._refuse_loss(lost, put)
+        # Had it been emptied while all was read again, what was read first would be lost by now.
+        for again, wanted, before in firsts:
+            differing = await self._count_differing(again, wanted)
+            self._refuse_loss(differing - before, len(wanted.keys))
+
+    async def _count_differing(self, part: Part, wanted: Wanted) -> int:
+        """How many of these records Redis lacks, or has with another value."""
+        batch = await self._source.fetch(part.reading, wanted.keys)
+        found = self._compare(part, wanted, batch.values)
+        return len(found.missing) + len(found.kept) + len(found.differing)
+
+    def _refuse_loss(self, lost: int, put: int) -> None:
         if exceeds(lost, self._config.guard.max_loss, put):
             raise SourceChanged(
                 f"{lost:,} of {put:,} restored records are gone or changed: Redis, which doesn't"

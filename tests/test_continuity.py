@@ -449,3 +449,73 @@ async def test_check_and_health_say_what_a_service_does_not_tell(
         assert finding.text == "Redis tells whether it was emptied since the last success"
         assert (await health(*servers))["checks"]["guard"]["status"] == "ok"
         await made.close()
+
+
+# --- what 0.1.0 kept ------------------------------------------------------------------------------
+
+
+async def as_0_1_0_keeps_it(pg: asyncpg.Connection) -> None:
+    """Leave of the baseline what 0.1.0 writes: its columns, and nothing beside them."""
+    await pg.execute(
+        "UPDATE balancesync.baselines"
+        " SET redis_seen = NULL, known_at = NULL, gone = NULL, deleted = 0, refused_on = NULL"
+    )
+    kept = "SELECT redis_run_id IS NULL OR redis_flushes IS NULL FROM balancesync.baselines"
+    assert not await pg.fetchval(kept)
+
+
+@pytest.mark.parametrize(("flushes", "config_used"), [(0, False), (2, True)])
+async def test_a_first_sync_after_an_upgrade_follows_what_was_not_emptied(
+    private_redis: PrivateRedis,
+    postgres_dsn: str,
+    pg: asyncpg.Connection,
+    flushes: int,
+    *,
+    config_used: bool,
+) -> None:
+    server = private_redis()
+    made = engine_of(postgres_dsn, server)
+    async with Redis.from_url(server.url) as client:
+        for _ in range(flushes):
+            await client.flushall()
+        if config_used:
+            # From 7 on each is counted alone: it isn't taken for CONFIG RESETSTAT.
+            await client.config_get("hz")
+            await client.config_set("hz", "10")
+        await fill(client, 50)
+        await made.good()
+        await as_0_1_0_keeps_it(pg)
+        await fill(client, 60)
+        assert (await made.good(mode="dry_run")).warnings == []
+        run = await made.good()
+        assert (run.counts.updated, run.warnings) == (KEYS, [])
+        # From then on it knows what this program keeps.
+        await fill(client, 70)
+        assert (await made.good()).counts.updated == KEYS
+    await made.close()
+
+
+@pytest.mark.parametrize("loss", ["flushall", "flushdb", "flushall, resetstat", "restart"])
+async def test_a_first_sync_after_an_upgrade_refuses_what_was_emptied(
+    private_redis: PrivateRedis, postgres_dsn: str, pg: asyncpg.Connection, loss: str
+) -> None:
+    server = private_redis()
+    made = engine_of(postgres_dsn, server)
+    async with Redis.from_url(server.url) as client:
+        await fill(client, 50)
+        await made.good()
+        await as_0_1_0_keeps_it(pg)
+        if loss == "restart":
+            await restart(server, client)
+        else:
+            await (client.flushdb() if loss == "flushdb" else client.flushall())
+        if loss == "flushall, resetstat":
+            await client.config_resetstat()
+        await fill(client, 0)
+        line = await refused(made)
+    assert f"{KEYS} of {KEYS} known keys came back changed" in line
+    told = loss in ("flushall", "flushdb")
+    assert ("Redis was emptied by FLUSHALL or FLUSHDB" in line) == told
+    assert ("an older balancesync made the last success" in line) == (not told)
+    assert await total(pg) == 5000
+    await made.close()

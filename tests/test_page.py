@@ -201,6 +201,35 @@ async def test_what_the_guard_refused(
         await page.look("refused-came-back")
 
 
+async def test_what_the_guard_refused_on_another_redis(
+    browser: Browser,
+    postgres_dsn: str,
+    redis_url: str,
+    redis: Redis,
+    private_redis: Callable[..., RedisServer],
+) -> None:
+    config = daemon_config(postgres_dsn, redis_url)
+    async with Inside(config) as daemon, tab(browser, address(config)) as page:
+        await daemon.leads()
+        await redis.mset({f"balance:{n}": "1" for n in range(1000)})
+        await daemon.api.sync()
+        await page.until("#verdict-title", "Safe: everything up to")
+        wrong = daemon_config(postgres_dsn, private_redis().url)
+        assert await typed(wrong, "sync") == 1
+        await page.until("#verdict-title", "a sync was refused on another Redis")
+        said = "no key at all, but 1,000 were known"
+        await page.until("#verdict-detail", said)
+        assert "are redis.url and the key template right" in await page.text("#verdict-detail")
+        assert await page.page.get_attribute("#verdict", "data-level") == "warn"
+        # Nothing is refused here, and so nothing is to be brought back or accepted.
+        assert await page.page.is_hidden("#refusal")
+        await page.look("refused-elsewhere")
+        # It stands there alone: here a sync goes on, and its success forgets the other's refusal.
+        await redis.set("balance:1", "2")
+        assert (await daemon.api.sync())["updated"] == 1
+        await page.until("#verdict-title", "Safe: everything up to")
+
+
 async def test_a_redis_without_any_balance_is_not_called_safe(
     browser: Browser, postgres_dsn: str, redis_url: str, redis: Redis
 ) -> None:
