@@ -215,7 +215,7 @@ async def test_what_the_guard_refused_on_another_redis(
         await daemon.api.sync()
         await page.until("#verdict-title", "Safe: everything up to")
         wrong = daemon_config(postgres_dsn, private_redis().url)
-        assert await typed(wrong, "sync") == 1
+        assert await typed(wrong, "sync") == 3
         await page.until("#verdict-title", "a sync was refused on another Redis")
         said = "no key at all, but 1,000 were known"
         await page.until("#verdict-detail", said)
