@@ -117,11 +117,16 @@ class Ground:
                 assert not gaps
 
 
+# A Redis that is started again under such traffic can't prove to a command, which wasn't there to
+# look, that it came with its keys; most of them differ by then. See docs/guarantees.md, "The guard".
+TRUSTING = {"max_loss": 1.0}
+
+
 class Frail(Ground):
     """A ground whose servers may be killed."""
 
     def __init__(self, postgres: PostgresServer, redis: RedisServer, figures: Figures) -> None:
-        super().__init__(postgres.dsn, redis.url, figures)
+        super().__init__(postgres.dsn, redis.url, figures, guard=TRUSTING)
         self.postgres = postgres
         self.server = redis
 
@@ -133,6 +138,7 @@ class Frail(Ground):
                 "redis": {**SMALL["redis"], "timeout": 0.5},
                 "postgres": {**SMALL["postgres"], "timeout": 0.5},
                 "retry": RETRY,
+                "guard": TRUSTING,
             }
             url = f"redis://127.0.0.1:{source.port}/0"
             made = Engine(make_config(through(self.postgres.dsn, before), url, **sections))
