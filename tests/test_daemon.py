@@ -177,7 +177,7 @@ async def test_signals_during_a_run_make_exactly_one_more(
         config = daemon_config(through(postgres_dsn, proxy), redis_url)
         async with Inside(config) as inside:
             await inside.leads()
-            held = proxy.hold(b"^.{0,5}COPY")
+            held = proxy.hold(b'^.{0,5}COPY "pg_temp')
             first, _ = inside.runner.submit(Request("sync", "http"))
             await soon(held)
             for _ in range(3):

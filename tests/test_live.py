@@ -623,7 +623,7 @@ async def test_a_table_that_is_altered_is_written_no_more(
     await pg.execute("ALTER TABLE balances ALTER balance TYPE numeric(20,1)")
     await redis.mset({"balance:1": "7.77", "balance:101": "8.88"})
     told = await daemon.log.next("live", state="down")
-    assert "the table balances was altered or replaced" in told["reason"]
+    assert "the table public.balances was altered or replaced" in told["reason"]
     told = await daemon.log.next("live", state="down")
     assert 'column "balance" is numeric(20,1), not numeric(20,2)' in told["reason"]
     assert await pg.fetchval("SELECT count(*) FROM balances WHERE balance > 7") == 0

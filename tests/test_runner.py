@@ -21,7 +21,7 @@ from balancesync.source import Source
 
 # Before anything is read from Redis, and right after the first keys are: what is sent there.
 BEFORE = b"CREATE TEMP TABLE"
-AFTER = b"^.{0,5}COPY"
+AFTER = b'^.{0,5}COPY "pg_temp'
 UPDATE = rb'UPDATE "public"\."balances"'
 SYNC = Request("sync", "http")
 

@@ -232,7 +232,7 @@ async def test_cancel_ends_what_runs_and_then_what_waits(
         config = daemon_config(dsn, redis_url)
         async with Inside(config) as inside:
             await inside.leads()
-            held = proxy.hold(b"^.{0,5}COPY")
+            held = proxy.hold(b'^.{0,5}COPY "pg_temp')
             running, _ = inside.runner.submit(Request("sync", "http"))
             async with asyncio.timeout(20):
                 await held.wait()
