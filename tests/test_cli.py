@@ -244,7 +244,8 @@ async def test_sync_copies_and_says_so(run: Run, redis: Redis, pg: asyncpg.Conne
     assert "balances        2         0         2        0          0" in answer.out
     rows = await pg.fetch("SELECT user_id, balance::text FROM balances ORDER BY user_id")
     assert [tuple(row) for row in rows] == [(1, "10.50"), (2, "3.00")]
-    [line] = [json.loads(line) for line in answer.err.splitlines()]
+    created, line = [json.loads(line) for line in answer.err.splitlines()]
+    assert (created["event"], created["table"]) == ("table created", '"public"."balances"')
     assert (line["event"], line["inserted"], line["level"]) == ("run", 2, "info")
 
 

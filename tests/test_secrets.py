@@ -26,7 +26,7 @@ BUG = (
     "-c",
     "import sys\n"
     "from balancesync import cli, overview\n"
-    "async def boom(database):\n"
+    "async def boom(database, *more):\n"
     "    raise ValueError(f'so much for {database.config.dsn.get_secret_value()}')\n"
     "overview.read = boom\n"
     "sys.exit(cli.main(sys.argv[1:]))",
