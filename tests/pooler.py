@@ -26,7 +26,8 @@ class PgBouncer(Server):
 
     title = "PgBouncer"
     _orderly_end = signal.SIGINT
-    _quick_end = signal.SIGQUIT
+    # What its others mean has changed from version to version, and it has nothing to lose.
+    _quick_end = signal.SIGKILL
 
     def __init__(
         self, dsn: str, mode: str, settings: Mapping[str, str] | None = None, *, entry: str = ""

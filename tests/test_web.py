@@ -199,7 +199,7 @@ async def test_health_when_all_is_well(site: Site) -> None:
     await site.sync()
     code, document = await site.ask("/health")
     assert (code, document["status"]) == (200, "healthy")
-    names = ["redis", "postgres", "schema", "lock", "last_success", "refusal", "rejects"]
+    names = ["redis", "postgres", "guard", "schema", "lock", "last_success", "refusal", "rejects"]
     names.append("postponed")
     assert list(document["checks"]) == names
     assert {check["status"] for check in document["checks"].values()} == {"ok"}
@@ -259,9 +259,8 @@ async def test_health_of_a_daemon_that_never_heard_of_postgres(redis_url: str) -
         assert (code, document["status"]) == (503, "unhealthy")
         said = {name: check["status"] for name, check in document["checks"].items()}
         assert said == {
-            "redis": "ok",
+            **dict.fromkeys(("redis", "guard", "postponed"), "ok"),
             **dict.fromkeys(("postgres", "schema"), "failed"),
-            "postponed": "ok",
             **dict.fromkeys(("lock", "last_success", "refusal", "rejects"), "degraded"),
         }
 
