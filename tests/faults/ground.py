@@ -118,7 +118,7 @@ class Ground:
 
 
 # A Redis that is started again under such traffic can't prove to a command, which wasn't there to
-# look, that it came with its keys; most of them differ by then. See docs/guarantees.md, "The guard".
+# look, that it came with its keys; most of them differ by then: docs/guarantees.md, "The guard".
 TRUSTING = {"max_loss": 1.0}
 
 

@@ -514,8 +514,8 @@ async def test_a_table_locked_for_too_long_fails_the_attempt(
         await application.execute("LOCK TABLE balances IN ACCESS EXCLUSIVE MODE")
         line = await engine.failed(Locked, **request_)
     assert line == (
-        "public.balances or rows of it stay locked by another session: canceling statement due to lock"
-        " timeout; see postgres.lock_timeout"
+        "public.balances or rows of it stay locked by another session: canceling statement due to"
+        " lock timeout; see postgres.lock_timeout"
     )
     await sound(engine, frail_dsn)
 
